@@ -1,0 +1,14 @@
+"""Floor 1: tensors in, tensors out. The one recurrence of every card, and the scans of the online preconditioners.
+
+    from deltalab.kernels import delta_rule
+    o, state = delta_rule(q, read_key, write_key, v, log_decay)
+
+Shape legend of this floor: `B` batch, `T` time, `H` heads, `K` key width, `V` value width; `C` tokens a chunk, `N` chunks.
+This floor knows no component, no config and no training.
+"""
+
+from __future__ import annotations
+
+from .dispatch import backends, delta_rule, diagonal_scan, hypergradient_scan, resolve_backend
+
+__all__ = ["backends", "delta_rule", "diagonal_scan", "hypergradient_scan", "resolve_backend"]

@@ -1,0 +1,28 @@
+"""Floor 2: what a recurrence is. Components, specs, the mixer they make, and the language model around it."""
+
+from .component import AXES, Choice, Component, HeadShape, choose, component, components
+from .initialise import initialise
+from .language_model import LanguageModel
+from .mixer import Mixer, MixerState
+from .spec import About, AttentionSpec, Block, MixerSpec, QueryKey, RecurrenceSpec, spec_from_mapping
+
+__all__ = [
+    "AXES",
+    "About",
+    "AttentionSpec",
+    "Block",
+    "Choice",
+    "Component",
+    "HeadShape",
+    "LanguageModel",
+    "Mixer",
+    "MixerSpec",
+    "MixerState",
+    "QueryKey",
+    "RecurrenceSpec",
+    "choose",
+    "component",
+    "components",
+    "initialise",
+    "spec_from_mapping",
+]

@@ -1,0 +1,18 @@
+"""Typed study configuration, strict loading, the data root."""
+
+from .loader import Part, Study, load_study, study_names
+from .root import DataRoot
+from .schema import BOOKKEEPING, SECTIONS, ModelConfig, ResourcesConfig, TrainingConfig
+
+__all__ = [
+    "BOOKKEEPING",
+    "SECTIONS",
+    "DataRoot",
+    "ModelConfig",
+    "Part",
+    "ResourcesConfig",
+    "Study",
+    "TrainingConfig",
+    "load_study",
+    "study_names",
+]

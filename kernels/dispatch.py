@@ -1,0 +1,150 @@
+"""Which backend serves a call, and the public functions of this floor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import unknown
+from . import chunked, reference, scans, token_scan
+from .checks import check_delta_rule, check_diagonal_scan, check_hypergradient_scan
+from .precision import without_autocast, working_dtype
+
+_BACKENDS = ("reference", "torch")
+
+
+def backends() -> tuple[str, ...]:
+    """The backends of this installation: "reference", the definition, and "torch", the chunk form on every device."""
+    return _BACKENDS
+
+
+def resolve_backend(name: str, device: torch.device | str) -> str:
+    """The backend that `name` means on `device`; "auto" is the fastest one there. Errors: `UserError` for an unknown name."""
+    torch.device(device)
+    if name == "auto":
+        return "torch"
+    if name not in _BACKENDS:
+        raise unknown("backend", name, ("auto", *_BACKENDS), "backend")
+    return name
+
+
+def delta_rule(
+    q: Tensor,
+    read_key: Tensor | None,
+    write_key: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+    erase: bool = True,
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The general recurrence that every card is a choice of (a, r, w, v, q) in  [recurrences.md, section 1].
+
+        S~  = Diag(exp(log_decay_t)) S_{t-1}
+        e_t = v_t - S~^T r_t              (e_t = v_t without erase)
+        S_t = S~ + w_t e_t^T              w: the write key, already times the step size
+        o_t = scale S_t^T q_t
+
+    Args:
+        q, read_key, write_key: [B,T,H,K]. `read_key` is ignored, and may be None, when `erase` is False.
+        v: [B,T,H,V], in the dtype and on the device of q.
+        log_decay: None (nothing is forgotten), [B,T,H] (one decay per head) or [B,T,H,K] (one per key channel); -inf resets.
+        initial_state: [B,H,K,V], zeros when None.
+        scale: factor of the output, K**-0.5 when None.
+        erase: subtract what the memory already holds for `read_key` before writing (the delta rule).
+        backend: "auto", "reference" (token loop) or "torch" (chunk form); the same function, up to rounding.
+        chunk_size: tokens a chunk at most; matters for speed only.
+
+    Returns: o [B,T,H,V] in v's dtype, and the state after the last token [B,H,K,V] in the working dtype: the widest dtype of q,
+    log_decay and initial_state, float32 at least (also under autocast). Handing the state to the next call continues the sequence.
+    T = 0 gives an empty o and the initial state. Differentiable once in every tensor.
+
+    Errors: `UserError` (a ValueError) that names the argument, what it holds and what it should hold.
+    """
+    check_delta_rule(q, read_key, write_key, v, log_decay, initial_state, scale, erase, chunk_size)
+    backend = resolve_backend(backend, q.device)
+    dtype = working_dtype(q, log_decay, initial_state)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    rows = read_key if erase else None
+    if backend == "torch":
+        return chunked.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, chunk_size, dtype)
+    B, _, H, K = q.shape
+    state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    with without_autocast(q.device):
+        o, state = reference.delta_rule(
+            q.to(dtype), _to(rows, dtype), write_key.to(dtype), v.to(dtype), _to(log_decay, dtype), state, factor
+        )
+    return o.to(v.dtype), state
+
+
+def diagonal_scan(
+    u: Tensor, log_decay: Tensor | None = None, initial: Tensor | None = None, backend: str = "auto", chunk_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """The forgetting sum of the diagonal preconditioner: A_t = exp(log_decay_t) A_{t-1} + u_t  [recurrences.md, section 4.1].
+
+    Args:
+        u: [B,T,H,K]. log_decay: None or [B,T,H]. initial: A_0 [B,H,K], zeros when None.
+        backend, chunk_size: as in `delta_rule`.
+
+    Returns: A [B,T,H,K], every token's own u included, and the last one [B,H,K]; both float32 or wider. Differentiable once.
+    Errors: `UserError` (a ValueError) that names the argument.
+    """
+    check_diagonal_scan(u, log_decay, initial, chunk_size)
+    backend = resolve_backend(backend, u.device)
+    dtype = working_dtype(u, log_decay, initial)
+    B, _, H, K = u.shape
+    first = u.new_zeros(B, H, K, dtype=dtype) if initial is None else initial
+    if backend == "torch":
+        return scans.diagonal_scan(u, log_decay, first, chunk_size, dtype)
+    return reference.diagonal_scan(u.to(dtype), _to(log_decay, dtype), first.to(dtype))
+
+
+def hypergradient_scan(
+    s: Tensor,
+    step: Tensor | float,
+    aware: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    initial: Tensor | None = None,
+    box: tuple[float, float] | None = None,
+    clip: str = "token",
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The hypergradient preconditioner's own recurrence  [OSDN; recurrences.md, section 4.2], with b = `aware`, or 1 (beta-blind):
+
+        d_{t+1} = clip( exp(log_decay_t) d_t + step_t b_t (1 - b_t <d_t, s_t>) s_t, box )
+
+    Args:
+        s: squared unit keys k*k, [B,T,H,K].
+        step: eta, a number or [B,T,H].
+        aware: None, or the step size beta [B,T,H] of a beta-aware preconditioner.
+        log_decay: log gamma, None or [B,T,H]. initial: d_1 [B,H,K], zeros when None; it is not clipped.
+        box: (lowest, highest), either may be infinite; None for no box.
+        clip: "token" clips after every token, exactly, in a loop over tokens; "chunk" clips only what is carried over the end of
+            a chunk of `chunk_size` tokens (and over the end of the sequence): faster, another function, to be named so in results;
+            "none" ignores the box. At the edge of the box the gradient passes, beyond it it does not, as in torch.clamp.
+        backend, chunk_size: as in `delta_rule`; with clip="chunk" the chunk size is part of the function.
+
+    Returns: d [B,T,H,K], each BEFORE its token's update, and d_{T+1} [B,H,K]; both float32 or wider. Differentiable once.
+    Errors: `UserError` (a ValueError) that names the argument.
+    """
+    check_hypergradient_scan(s, step, aware, log_decay, initial, box, clip, chunk_size)
+    backend = resolve_backend(backend, s.device)
+    dtype = working_dtype(s, step if isinstance(step, Tensor) else None, aware, log_decay, initial)
+    B, T, H, K = s.shape
+    first = s.new_zeros(B, H, K, dtype=dtype) if initial is None else initial
+    eta = step if isinstance(step, Tensor) else torch.full((B, T, H), float(step), dtype=dtype, device=s.device)
+    edges = None if box is None or clip == "none" else (float(box[0]), float(box[1]))
+    if backend == "reference":
+        every = chunk_size if clip == "chunk" else 1
+        wide = [_to(tensor, dtype) for tensor in (aware, log_decay)]
+        return reference.hypergradient_scan(s.to(dtype), eta.to(dtype), *wide, first.to(dtype), edges, every)
+    if edges is not None and clip == "token":
+        return token_scan.clipped_hypergradient_scan(s, eta, aware, log_decay, first, edges, dtype)
+    return scans.hypergradient_scan(s, eta, aware, log_decay, first, edges, chunk_size, dtype)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)

@@ -1,0 +1,93 @@
+"""The typed schema of a study. Every field says its meaning and its limits; loading is strict (see `loader`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...strict import option
+
+SECTIONS = ("recurrence", "task", "model", "training")
+"""The parts of `base`, and the first words of an axis."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model around the recurrence, shared by every arm unless it is an axis."""
+
+    width: int = option(64, "model width", min=1)
+    layers: int = option(2, "number of blocks", min=1)
+    heads: int = option(2, "number of heads", min=1)
+    mlp_ratio: float = option(0.0, "MLP hidden width / width; 0: no MLP", min=0)
+    tied: bool = option(True, "share embedding and head")
+    block: dict[str, Any] = option(factory=dict, help="settings of the mixer's block for every arm: short_conv, output_gate, expand_v, ...")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How one trial is trained."""
+
+    steps: int = option(300, "optimiser steps", min=1)
+    batch: int = option(64, "sequences per step", min=1)
+    lr: float = option(3e-3, "peak learning rate", above=0)
+    warmup: float = option(0.1, "fraction of the steps with a rising learning rate", min=0, max=1)
+    final_lr: float = option(0.1, "learning rate at the end of the cosine / peak", min=0, max=1)
+    weight_decay: float = option(0.1, "AdamW weight decay of matrices (never of component parameters)", min=0)
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's moments", min=0, below=1)
+    clip: float = option(1.0, "largest gradient norm; 0: no clipping", min=0)
+    precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 autocast where it is faster, else fp32")
+    backend: str = option("auto", "kernel backend: auto | reference | torch")
+    eval_examples: int = option(1000, "validation and test sequences scored at the end, at most", min=1)
+    log_every: int = option(20, "steps between two points of the curves", min=1)
+    checkpoint_seconds: float = option(10.0, "seconds between two checkpoints", min=0)
+
+
+BOOKKEEPING = ("log_every", "checkpoint_seconds")
+"""Fields of TrainingConfig that change what is written down, not the numbers: they are left out of a trial's hash."""
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """What every arm starts from. `recurrence` and `task` are a name, or a mapping with a name and options."""
+
+    recurrence: Any = option(None, "a card's name, a card file, or {card: NAME, axis: choice}")
+    task: Any = option(None, "a task's name, or {name: NAME, preset: ..., option: ...}")
+    model: dict[str, Any] = option(factory=dict, help="see ModelConfig")
+    training: dict[str, Any] = option(factory=dict, help="see TrainingConfig")
+
+
+@dataclass(frozen=True)
+class ResourcesConfig:
+    """What a trial may use, and where trials run."""
+
+    cpus_per_trial: int = option(1, "CPU cores (and threads) of a trial", min=1)
+    gpus_per_trial: float = option(0.0, "GPUs of a trial; a fraction shares one", min=0)
+    trials_at_once: int = option(0, "trials side by side; 0: as many as the cores and GPUs hold", min=0)
+    retries: int = option(2, "how often a trial whose worker died is taken up again from its checkpoint", min=0)
+    address: str = option("local", "local: this machine; or a Ray cluster's address (`auto`, `ray://host:10001`)")
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """One comparison of a study: its own base and axes over the study's."""
+
+    base: dict[str, Any] = option(factory=dict, help="merged over the study's base")
+    axes: dict[str, Any] = option(factory=dict, help="merged over the study's axes")
+    seeds: Any = option(None, "instead of the study's seeds")
+    baseline: str = option("", "arm that the others are compared with; empty: the first arm")
+    metric: str = option("", "measurement to compare; empty: the task's own")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study: base + axes + seeds, in one part or in several."""
+
+    name: str = option("", "name of the study and of its MLflow experiment")
+    description: str = option("", "one or two sentences for `deltalab list`")
+    base: dict[str, Any] = option(factory=dict, help="what every arm starts from")
+    axes: dict[str, Any] = option(factory=dict, help="dotted path -> list of values; the grid is their product")
+    seeds: Any = option(None, "list of seeds, or a number n for 0..n-1")
+    parts: dict[str, Any] = option(factory=dict, help="name -> comparison with its own base and axes")
+    baseline: str = option("", "arm that the others are compared with; empty: the first arm")
+    metric: str = option("", "measurement to compare; empty: the task's own")
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)

@@ -1,0 +1,164 @@
+"""Ray Tune as the executor of frozen trials: it places them, retries dead workers, and hands their reports to the driver.
+
+Tune knows nothing of the grid: every trial is already frozen, and the ledger says which remain. That is what makes a launch
+resumable after any kill (Tune's own restore is a pickle of a fixed search space).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from ...errors import UserError
+from ..config import DataRoot, ResourcesConfig
+from .trial import Job, Outcome, Points, run_trial
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Trials exchange numbers, not tensors: the smallest store that Ray accepts comfortably."""
+GRACE_SECONDS = 20.0
+"""How long running trials get to save their checkpoint after Ctrl-C."""
+_QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+class Listener(Protocol):
+    """What the executor tells, by trial hash."""
+
+    def started(self, trial: str) -> None: ...
+    def reported(self, trial: str, step: int, points: Points) -> None: ...
+    def ended(self, trial: str, outcome: Outcome) -> None: ...
+
+
+class Stop:
+    """A request to stop that workers on any node see: a file on the shared root. Ctrl-C once asks, twice insists."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.requested_at: float | None = None
+        file.unlink(missing_ok=True)
+
+    @property
+    def requested(self) -> bool:
+        return self.requested_at is not None
+
+    @property
+    def overdue(self) -> bool:
+        return self.requested_at is not None and time.monotonic() - self.requested_at > GRACE_SECONDS
+
+    @contextmanager
+    def catching(self, say: Callable[[str], None]) -> Iterator[None]:
+        """SIGINT and SIGTERM become requests while the block runs."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested_at = time.monotonic()
+            self.file.touch()
+            say("Stopping: running trials save their checkpoints (Ctrl-C again to stop at once).")
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+            self.file.unlink(missing_ok=True)
+
+
+@contextmanager
+def ray_cluster(resources: ResourcesConfig) -> Iterator[None]:
+    """A Ray of our own on this machine, or a connection to the cluster at `resources.address`. `UserError` if trials cannot fit."""
+    os.environ.update({key: value for key, value in _QUIET.items() if key not in os.environ})
+    import ray
+
+    options: dict[str, Any] = {"address": resources.address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if resources.address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        options["num_cpus"] = max(resources.cpus_per_trial, _usable_cores())
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"resources.address: cannot reach Ray at {resources.address!r}: {error}") from error
+    try:
+        _check_fit(resources, ray.cluster_resources())
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_local_resources(resources: ResourcesConfig) -> None:
+    """Before Ray starts: a trial that asks for more than this machine has would wait forever."""
+    if resources.address == "local" and resources.cpus_per_trial > _usable_cores():
+        raise UserError(f"resources.cpus_per_trial: {resources.cpus_per_trial} is more than the {_usable_cores()} cores of this machine")
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_fit(resources: ResourcesConfig, cluster: dict[str, float]) -> None:
+    for field, name, wanted in (
+        ("cpus_per_trial", "CPU", float(resources.cpus_per_trial)),
+        ("gpus_per_trial", "GPU", resources.gpus_per_trial),
+    ):
+        if wanted > cluster.get(name, 0.0):
+            where = "this machine" if resources.address == "local" else "the cluster"
+            raise UserError(f"resources.{field}: {wanted:g}, but {where} has {cluster.get(name, 0.0):g} {name}s")
+
+
+def execute(jobs: Sequence[Job], resources: ResourcesConfig, root: DataRoot, listener: Listener, stop: Stop) -> None:
+    """Run every job once (again from its checkpoint when its worker dies), telling `listener`. Needs `ray_cluster`."""
+    from ray import tune
+
+    from .hooks import Reports, WhenAsked
+
+    gpus = resources.gpus_per_trial
+    # One worker process serves trial after trial on a CPU (a fresh one costs seconds of imports); a GPU's memory must come back.
+    config = tune.TuneConfig(max_concurrent_trials=resources.trials_at_once or None, reuse_actors=gpus == 0)
+    name = f"launch-{uuid.uuid4().hex[:8]}"
+    run = tune.RunConfig(
+        name=name,
+        storage_path=str(root.ray),
+        callbacks=[Reports(listener, {job.hash for job in jobs})],
+        failure_config=tune.FailureConfig(max_failures=resources.retries),
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+        stop=WhenAsked(stop),
+        verbose=0,
+    )
+    trainable = tune.with_resources(_trainable, {"cpu": resources.cpus_per_trial, "gpu": gpus})
+    space = {"job": tune.grid_search([dataclasses.asdict(job) for job in jobs])}
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    try:
+        tune.Tuner(trainable, param_space=space, tune_config=config, run_config=run).fit()
+    finally:
+        shutil.rmtree(root.ray / name, ignore_errors=True)
+
+
+def _trainable(config: dict[str, Any]) -> None:
+    """What Tune runs in a worker: points as they come, then one last report with the outcome."""
+    from ray import tune
+
+    job = Job(**config["job"])
+    outcome = run_trial(job, lambda step, points: tune.report({"step": step, "points": points}))
+    tune.report({"outcome": dataclasses.asdict(outcome)})

@@ -1,0 +1,69 @@
+"""Tune's callback and stopper. Imported only when Ray is: both derive from its classes.
+
+Tune pickles them with the experiment, for a restore that we never do (the ledger says what remains), so they leave their state out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from .executor import Listener, Stop
+from .trial import Outcome
+
+
+class Reports(tune.Callback):
+    """Hands Tune's events to the listener; every trial ends exactly once, however often its worker died."""
+
+    def __init__(self, listener: Listener, hashes: set[str]) -> None:
+        self.listener = listener
+        self.left = set(hashes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.listener.started(_hash(trial))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if "points" in result:
+            self.listener.reported(_hash(trial), result["step"], [(str(n), int(s), float(v)) for n, s, v in result["points"]])
+        if "outcome" in result:
+            self._end(_hash(trial), Outcome(**result["outcome"]))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(_hash(trial), Outcome("failed", error=f"the worker died: {_last_error(trial)}"))
+
+    def _end(self, trial: str, outcome: Outcome) -> None:
+        if trial in self.left:
+            self.left.discard(trial)
+            self.listener.ended(trial, outcome)
+
+
+class WhenAsked(tune.Stopper):
+    """Ends the experiment when running trials have had their time to save after Ctrl-C."""
+
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.stop.overdue
+
+
+def _hash(trial: Any) -> str:
+    return str(trial.config["job"]["hash"])
+
+
+def _last_error(trial: Any) -> str:
+    try:
+        return str(Path(trial.error_file).read_text()).strip()[-2000:]
+    except (OSError, TypeError):
+        return "no message; often the machine was out of memory"

@@ -1,0 +1,149 @@
+"""One trial from its frozen config to its measurements: what a worker runs. It knows no ledger and no MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from ...recurrences import spec_from_mapping
+from ...strict import build
+from ..config import ModelConfig, TrainingConfig
+from ..study import build_model
+from ..tasks import PreparedTask, build_task
+from ..training import Diverged, Interrupted, PeakMemory, Trainer, evaluate, prepare_device
+
+Points = list[tuple[str, int, float]]
+LOCK_POLL_SECONDS = 1.0
+"""A trial's folder may still be held by a worker of a killed launch, or by another study with the same trial: it is waited for."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is sent: plain data only. `folder` and `cache` lie on storage that all nodes share."""
+
+    hash: str
+    config: dict[str, Any]
+    folder: str
+    cache: str
+    stop_file: str
+    threads: int
+
+
+@dataclass
+class Outcome:
+    """How a trial ended: finished | failed | diverged | interrupted."""
+
+    status: Literal["finished", "failed", "diverged", "interrupted"]
+    measurements: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    context: dict[str, str] = field(default_factory=dict)
+    """Backend, device and precision that it ran with, and warnings."""
+
+
+def run_trial(job: Job, report: Callable[[int, Points], None]) -> Outcome:
+    """Train, evaluate, keep the result; every way to end except a kill is an Outcome. A finished trial is read, not run again."""
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _alone(folder, job.stop_file):
+            outcome = _read_result(folder, report) or _run(job, folder, report)
+    except Interrupted:
+        return Outcome("interrupted")
+    except Diverged as error:
+        return Outcome("diverged", error=str(error))
+    except Exception:
+        return Outcome("failed", error=traceback.format_exc(limit=-8))
+    return outcome
+
+
+@contextmanager
+def _alone(folder: Path, stop_file: str) -> Iterator[None]:
+    """Hold the trial's folder; the lock goes with the process that has it. Raises `Interrupted` when asked to stop while waiting."""
+    lock = FileLock(folder / "lock")
+    while True:
+        try:
+            lock.acquire(timeout=LOCK_POLL_SECONDS)
+            break
+        except Timeout:
+            if os.path.exists(stop_file):
+                raise Interrupted from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(job: Job, folder: Path, report: Callable[[int, Points], None]) -> Outcome:
+    data, task_metric = _data(job)
+    training = build(TrainingConfig, job.config["training"], "training")
+    model_config = build(ModelConfig, job.config["model"], "model")
+    hardware = prepare_device(job.threads, training.precision, model_config.width)
+    memory = PeakMemory(hardware.device)
+    seed = job.config["seed"]
+    spec = spec_from_mapping(job.config["recurrence"])
+    model = build_model(spec, model_config, data.vocab, training.backend, seed).to(hardware.device)
+    trainer = Trainer(model, data.train, training, seed, hardware, folder / "checkpoint.pt")
+    for step, values in trainer.curve:
+        report(step, [(name, step, value) for name, value in values.items()])
+    trainer.run(
+        lambda step, values: report(step, [(name, step, value) for name, value in values.items()]),
+        should_stop=lambda: os.path.exists(job.stop_file),
+    )
+    measurements = {
+        "throughput/train_tokens_per_second": trainer.tokens_per_second,
+        "time/train_seconds": trainer.seconds,
+        "memory/peak_bytes": float(memory.bytes()),
+        "model/parameters": float(model.parameter_count()),
+        "model/state_bytes": float(model.state_bytes(data.length)),
+    }
+    model.eval()
+    for name, split in (("validation", data.validation), ("test", data.test)):
+        scores = evaluate(model, split, hardware, training.batch, training.eval_examples)
+        measurements |= scores.measurements(name, task_metric)
+    context = {
+        "backend": model.backend(hardware.device),
+        "device": hardware.device.type,
+        "precision": hardware.precision,
+        "warning": trainer.warning,
+    }
+    outcome = Outcome("finished", measurements, context=context)
+    _write_result(folder, outcome, trainer.curve)
+    return outcome
+
+
+def _data(job: Job) -> tuple[PreparedTask, str]:
+    """The task's data, checked to be those that the plan has hashed."""
+    wanted = dict(job.config["task"])
+    digest, version = wanted.pop("digest"), wanted.pop("version")
+    task = build_task(wanted)
+    data = task.prepare(Path(job.cache))
+    if (data.digest, data.version) != (digest, version):
+        raise RuntimeError(f"the data of {task.name} changed under the launch: planned {digest} v{version}, found {data.digest} v{data.version}")
+    return data, task.metric
+
+
+def _write_result(folder: Path, outcome: Outcome, curve: list[tuple[int, dict[str, float]]]) -> None:
+    """Keep the outcome beside the checkpoint: a driver that dies before it has recorded it finds it here."""
+    content = {"status": outcome.status, "measurements": outcome.measurements, "context": outcome.context, "curve": curve}
+    temporary = folder / f".result.{os.getpid()}"
+    temporary.write_text(json.dumps(content))
+    temporary.replace(folder / "result.json")
+
+
+def _read_result(folder: Path, report: Callable[[int, Points], None]) -> Outcome | None:
+    try:
+        content: Mapping[str, Any] = json.loads((folder / "result.json").read_text())
+        outcome = Outcome(content["status"], dict(content["measurements"]), context=dict(content["context"]))
+        for step, values in content["curve"]:
+            report(step, [(name, step, value) for name, value in values.items()])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return outcome

@@ -1,0 +1,196 @@
+"""The plan of a launch: every trial frozen and hashed, every input checked, before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError, unknown
+from ...kernels import backends
+from ...recurrences import RecurrenceSpec
+from ...strict import plain
+from ..config import BOOKKEEPING, Part, ResourcesConfig, Study
+from ..tasks import PreparedTask, Progress, Task, effective, task_class
+from .arms import Arm, check_model, expand
+from .measures import MEASURES, full_name
+
+HASH_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A frozen trial: `config` is everything a worker needs; `hash` names what decides its numbers."""
+
+    part: str
+    arm: str
+    seed: int
+    hash: str
+    arm_hash: str
+    config: Mapping[str, Any]
+    recurrence: str
+    data: PreparedTask
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """One comparison: its arms in order, the baseline and the measurement that is compared."""
+
+    name: str
+    arms: tuple[str, ...]
+    baseline: str
+    metric: str
+    task: str
+    parameters: Mapping[str, int]
+
+
+@dataclass
+class Plan:
+    """What a launch will do."""
+
+    study: str
+    description: str
+    resources: ResourcesConfig
+    parts: list[PlannedPart] = field(default_factory=list)
+    trials: list[PlannedTrial] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """The plan as the ledger keeps it: what `compare` needs to know of this launch."""
+        parts = [
+            {"name": p.name, "arms": list(p.arms), "baseline": p.baseline, "metric": p.metric, "task": p.task} for p in self.parts
+        ]
+        return {"study": self.study, "description": self.description, "parts": parts, "notes": self.notes, "resources": plain(self.resources)}
+
+
+def plan_study(study: Study, cache: Path, progress: Progress | None = None) -> Plan:
+    """Resolve, check and hash every trial of a study; prepares (or finds in `cache`) the data of its tasks.
+
+    `UserError` with the YAML path for anything that cannot run: an unknown component, a wrong type, sizes that do not fit, data that
+    are missing or too short.
+    """
+    plan = Plan(study.name, study.description, study.resources)
+    prepared: dict[str, PreparedTask] = {}
+    for part in study.parts:
+        arms = expand(part)
+        for task in {arm.task.fingerprint(): arm.task for arm in arms}.values():
+            if task.fingerprint() not in prepared:
+                prepared[task.fingerprint()] = _prepare(task, cache, progress, part)
+        _add_part(plan, part, arms, prepared)
+    return plan
+
+
+def _prepare(task: Task, cache: Path, progress: Progress | None, part: Part) -> PreparedTask:
+    try:
+        return task.prepare(cache, progress)
+    except UserError as error:
+        text = str(error)
+        where = part.paths.get("task")
+        raise UserError(where + text.removeprefix("task") if where and text.startswith("task") else text) from error
+
+
+def _add_part(plan: Plan, part: Part, arms: list[Arm], prepared: Mapping[str, PreparedTask]) -> None:
+    """Append the part's trials; arms that are the same experiment under two names run once, and the plan says so."""
+    first_name: dict[str, str] = {}
+    parameters: dict[str, int] = {}
+    for arm in arms:
+        data = prepared[arm.task.fingerprint()]
+        _check_training(arm, data)
+        config = _arm_config(arm, data)
+        arm_hash = digest({"part": part.name, **_decisive(config)})
+        if arm_hash in first_name:
+            plan.notes.append(f"{_in(part)}the arms {first_name[arm_hash]!r} and {arm.name!r} are the same experiment; it runs once, as the first")
+            continue
+        if arm.name in first_name.values():
+            raise UserError(f"{_in(part)}two different arms are named {arm.name!r}; give them a `label`")
+        first_name[arm_hash] = arm.name
+        parameters[arm.name] = check_model(arm, data.vocab)
+        plan.notes += [f"{_in(part)}{arm.name}: {warning}" for warning in arm.spec.warnings()]
+        for seed in part.seeds:
+            trial_hash = digest({"part": part.name, **_decisive(config), "seed": seed})
+            plan.trials.append(
+                PlannedTrial(part.name, arm.name, seed, trial_hash, arm_hash, {**config, "seed": seed}, arm.spec.name, data)
+            )
+    names = tuple(first_name.values())
+    plan.parts.append(
+        PlannedPart(part.name, names, _baseline(part, names), _metric(part, arms), arms[0].task.name, parameters)
+    )
+    plan.notes += _fairness_notes(part, arms)
+
+
+def _arm_config(arm: Arm, data: PreparedTask) -> dict[str, Any]:
+    """Everything a worker needs to run the arm, as JSON-able data."""
+    model = plain(arm.model)
+    model.pop("block")  # it is in the spec
+    return {
+        "recurrence": {"name": arm.spec.name, **arm.spec.effective()},
+        "model": model,
+        "task": {**effective(arm.task), "digest": data.digest},
+        "training": plain(arm.training),
+    }
+
+
+def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config that decides the numbers: no card name, no place of data, nothing that only changes what is written down."""
+    recurrence = {key: value for key, value in config["recurrence"].items() if key != "name"}
+    training = {key: value for key, value in config["training"].items() if key not in BOOKKEEPING}
+    where = task_class(config["task"]["name"]).location
+    task = {key: value for key, value in config["task"].items() if key not in where}
+    return {**config, "recurrence": recurrence, "training": training, "task": task}
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits of the canonical JSON of `content`."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
+
+
+def _check_training(arm: Arm, data: PreparedTask) -> None:
+    if arm.training.backend not in ("auto", *backends()):
+        raise unknown("backend", arm.training.backend, ("auto", *backends()), "training.backend")
+    if arm.training.batch > len(data.train):
+        raise UserError(
+            f"training.batch: {arm.training.batch} is more than the {len(data.train)} training sequences of {arm.task.name}; at most {len(data.train)}"
+        )
+
+
+def _baseline(part: Part, names: tuple[str, ...]) -> str:
+    if part.baseline and part.baseline not in names:
+        raise unknown("arm", part.baseline, names, f"parts.{part.name}.baseline" if part.name else "baseline")
+    return part.baseline or names[0]
+
+
+def _metric(part: Part, arms: list[Arm]) -> str:
+    if part.metric:
+        name = full_name(part.metric)
+        if name not in MEASURES:
+            raise unknown("measurement", part.metric, MEASURES, f"parts.{part.name}.metric" if part.name else "metric")
+        return name
+    metrics = {arm.task.metric for arm in arms}
+    if len(metrics) > 1:
+        raise UserError(f"{_in(part)}metric: the arms' tasks measure {sorted(metrics)}; say which to compare, or put each task in a part")
+    return full_name(metrics.pop())
+
+
+def _fairness_notes(part: Part, arms: list[Arm]) -> list[str]:
+    """What a careful reader of the table should know: few seeds, a preconditioner without its gain-matched control."""
+    notes = []
+    if len(part.seeds) < 3:
+        notes.append(f"{_in(part)}{len(part.seeds)} seed(s): confidence intervals need at least 2, and mean little below 3")
+    specs = [arm.spec for arm in arms if isinstance(arm.spec, RecurrenceSpec)]
+    kinds = {spec.preconditioner.name for spec in specs}
+    for kind in sorted(kinds - {"none"}) if len(kinds) > 1 else ():
+        chosen = [spec.preconditioner for spec in specs if spec.preconditioner.name == kind]
+        if not any(choice.config.control == "mean" for choice in chosen):
+            notes.append(
+                f"{_in(part)}the preconditioner {kind!r} is compared without its gain-matched control: add an arm with "
+                f"{{name: {kind}, control: mean}}, since a uniform multiplier acts like a larger step size"
+            )
+    return notes
+
+
+def _in(part: Part) -> str:
+    return f"{part.name}: " if part.name else ""

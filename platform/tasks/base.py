@@ -1,0 +1,92 @@
+"""What every task is: typed settings, a version, three splits of integer rows.
+
+Shapes: n rows, T positions per row (`length`). `inputs[:, t]` is what the model reads at t; `targets[:, t]` is what it must
+answer AT t, having read `inputs[:, :t + 1]`; it is `IGNORE` where nothing is scored. A trainer therefore never shifts anything.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORE = -100
+"""The target of a position that is not scored (the default `ignore_index` of cross entropy in PyTorch)."""
+
+Progress = Callable[[str, int, int], None]
+"""`progress(stage, done, total)`, called now and then while a task is prepared; total 0 means unknown."""
+
+
+class Split(Protocol):
+    """Rows of one split, in a fixed order; which rows and in which order they are read is the reader's affair."""
+
+    @property
+    def length(self) -> int:
+        """T, the positions of a row."""
+
+    def __len__(self) -> int:
+        """The number of rows."""
+
+    def rows(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(inputs, targets), int64 [n, T] each, of the n rows in `index` [n]. `IndexError` outside `len`."""
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task whose data lie on this machine.
+
+    `digest` (32 hexadecimal digits) is the content of all splits: two tasks with one digest are the same data, whatever they were
+    read from. `chance` is the accuracy of guessing (None where it means nothing). `details` are plain values for the record.
+    """
+
+    name: str
+    version: int
+    train: Split
+    validation: Split
+    test: Split
+    vocab: int
+    length: int
+    digest: str
+    chance: float | None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """One task with its settings. Subclasses declare the class variables and a nested frozen dataclass `Config`.
+
+    Every field of `Config` has a type (int, float, bool, str), a default, and metadata: `help`, and optionally `min`, `max`,
+    `choices`, which `registry.build_task` enforces. `presets` are named values for some of the fields.
+    A change of what `prepare` generates raises `version`: measurements of two versions are never put in one table.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    summary: ClassVar[str]
+    metric: ClassVar[str]
+    """The primary measurement: "accuracy" or "perplexity"."""
+    higher_is_better: ClassVar[bool]
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    location: ClassVar[tuple[str, ...]] = ()
+    """Settings that say where data lie. A trial's hash leaves them out: the digest of the data stands for them."""
+    Config: ClassVar[type[Any]]
+
+    config: Any
+    path: str
+
+    def __init__(self, config: Any, path: str = "task") -> None:
+        """Keeps the settings; `path` is where they stand in the study's YAML, for messages. `UserError` if they contradict."""
+        self.config = config
+        self.path = path
+
+    @abstractmethod
+    def prepare(self, cache: Path, progress: Progress | None = None) -> PreparedTask:
+        """Generate or read the data, or memory-map what an earlier call left under `cache`. `UserError` if they are unusable."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that change whenever `prepare` might give other data; found without reading the data."""

@@ -1,0 +1,78 @@
+"""The device of a trial, its threads, its precision, and the memory it used."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+BF16_CPU_WIDTH = 512
+"""Model width from which bf16 autocast pays on a CPU with AMX: below it the casts cost more than the products save."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a trial runs and in which precision."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """bf16 for matrix products where the precision says so; the recurrence stays in float32 either way."""
+        if self.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def synchronise(self) -> None:
+        """Wait for the device, so that a clock read afterwards is honest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def prepare_device(threads: int, precision: str, width: int) -> Hardware:
+    """Set threads and determinism for this process and choose the device: the GPU that the scheduler made visible, else the CPU."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Denormals make CPU arithmetic ten times slower and change no result that anyone reads.
+    torch.set_flush_denormal(True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if precision == "auto":
+        precision = "bf16" if _bf16_pays(device, width) else "fp32"
+    return Hardware(device, precision)
+
+
+def _bf16_pays(device: torch.device, width: int) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return width >= BF16_CPU_WIDTH and amx is not None and bool(amx())
+
+
+class PeakMemory:
+    """Peak memory since construction: allocated bytes on a GPU, resident bytes of the process on a CPU.
+
+    A worker process runs many trials; Linux can reset the process' high-water mark, other systems report the mark since its start.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,166 @@
+"""A language model of mixers: embedding -> blocks of (norm, mixer, norm, MLP) -> norm -> head.
+
+B batch, T time, D model width, N vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .component import Component
+from .initialise import initialise
+from .layers import Embedding, Projection, RMSNorm
+from .mixer import Mixer, MixerState
+from .spec import AttentionSpec, MixerSpec, RecurrenceSpec
+
+IGNORE = -100
+LanguageModelState = list[MixerState]
+
+
+class SwiGLU(nn.Module):
+    """y = W_down (SiLU(W_gate x) * W_up x)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = Projection(width, 2 * hidden)
+        self.down = Projection(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class ModelBlock(nn.Module):
+    """x + mixer(norm(x)), then x + MLP(norm(x)) where there is one."""
+
+    def __init__(self, mixer: Mixer, width: int, mlp_hidden: int) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(width)
+        self.mixer = mixer
+        self.mlp_norm = RMSNorm(width) if mlp_hidden else None
+        self.mlp = SwiGLU(width, mlp_hidden) if mlp_hidden else None
+
+    def forward(self, x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
+        if state is None:
+            x = x + self.mixer(self.mixer_norm(x))
+        else:
+            y, state = self.mixer(self.mixer_norm(x), state=state)
+            x = x + y
+        if self.mlp is not None and self.mlp_norm is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, state
+
+
+class LanguageModel(nn.Module):
+    """tokens [B,T] -> logits [B,T,N].
+
+        model = LanguageModel(registry.load("gdn"), vocab=256, width=64, layers=2, heads=2)
+        logits = model(tokens)
+        logits, state = model(tokens, state=model.initial_state(batch))       # decoding: any number of tokens a call
+
+    `spec` is one spec for every layer, or a sequence of specs that is repeated down the layers (a hybrid pattern).
+    `mlp_ratio` is the MLP's hidden width / width (0: no MLP); `tied` shares embedding and head; `seed` fixes the initial parameters
+    by name, so that two models of one seed start equal wherever they share a layer. Further keywords go to the mixers' block.
+    """
+
+    def __init__(
+        self,
+        spec: MixerSpec | Sequence[MixerSpec],
+        *,
+        vocab: int,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float = 0.0,
+        tied: bool = True,
+        backend: str = "auto",
+        seed: int | None = None,
+        **block: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in (("vocab", vocab), ("layers", layers)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}: {value!r} is not a positive integer")
+        pattern = [spec] if isinstance(spec, (RecurrenceSpec, AttentionSpec)) else list(spec)
+        if not pattern:
+            raise UserError("spec: a pattern needs at least one recurrence")
+        self.vocab, self.width = vocab, width
+        self.embedding = Embedding(vocab, width)
+        self.blocks = nn.ModuleList(
+            ModelBlock(Mixer(pattern[i % len(pattern)], width, heads, backend, seed, **block), width, round(mlp_ratio * width))
+            for i in range(layers)
+        )
+        self.norm = RMSNorm(width)
+        self.head = None if tied else Projection(width, vocab)
+        initialise(self, seed)
+
+    @overload
+    def __call__(self, tokens: Tensor) -> Tensor: ...
+    @overload
+    def __call__(self, tokens: Tensor, state: LanguageModelState) -> tuple[Tensor, LanguageModelState]: ...
+    def __call__(self, tokens: Tensor, state: LanguageModelState | None = None) -> Any:
+        return super().__call__(tokens, state)
+
+    def forward(self, tokens: Tensor, state: LanguageModelState | None = None) -> Any:
+        hidden, new = self.hidden(tokens, state)
+        logits = self.logits(hidden)
+        return logits if state is None else (logits, new)
+
+    def hidden(self, tokens: Tensor, state: LanguageModelState | None = None) -> tuple[Tensor, LanguageModelState]:
+        """tokens [B,T] -> the normalised last hidden layer [B,T,D] and the new state (empty when no state was given)."""
+        x = self.embedding(tokens)
+        new: LanguageModelState = []
+        for i, block in enumerate(self.blocks):
+            x, carried = block(x, None if state is None else state[i])
+            if carried is not None:
+                new.append(carried)
+        return self.norm(x), new
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [...,D] -> logits [...,N]."""
+        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+
+    def scored_logits(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [n,N] and targets [n] at the n positions that are scored (target != -100).
+
+        The head is by far the widest product of a small model: a recall task scores a tenth of its positions, so the rest is skipped.
+        """
+        hidden, _ = self.hidden(tokens)
+        scored = targets.flatten() != IGNORE
+        flat = hidden.flatten(0, 1)
+        if bool(scored.all()):
+            return self.logits(flat), targets.flatten()
+        where = scored.nonzero().squeeze(-1)
+        return self.logits(flat.index_select(0, where)), targets.flatten().index_select(0, where)
+
+    def initial_state(self, batch: int) -> LanguageModelState:
+        """The state before the first token."""
+        return [block.mixer.initial_state(batch) for block in self.blocks]
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of the state of one sequence after `tokens` tokens, all layers."""
+        return sum(block.mixer.state_bytes(tokens) for block in self.blocks)
+
+    def parameter_count(self) -> int:
+        """Number of parameters, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def backend(self, device: torch.device) -> str:
+        """The kernel backends that serve the layers on `device`, joined by `+`."""
+        return "+".join(sorted({block.mixer.resolved_backend(device) for block in self.blocks}))
+
+    def decay_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(decayed, not decayed): only matrices of projections and convolutions are decayed; no component's parameter is."""
+        components = {id(p) for module in self.modules() if isinstance(module, Component) for p in module.parameters()}
+        decayed, kept = [], []
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                plain = parameter.ndim >= 2 and id(parameter) not in components and parameter is not self.embedding.weight
+                (decayed if plain else kept).append(parameter)
+        return decayed, kept

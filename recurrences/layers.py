@@ -1,0 +1,86 @@
+"""The layers around a recurrence: projection, short convolution, norms. Each one knows its own initial values.
+
+B batch, T time, D model width, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PROJECTION_STD = 0.02
+L2_EPS = 1e-6
+
+
+class Projection(nn.Linear):
+    """y = W x (+ b), with W ~ N(0, std) and b = bias_value."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, std: float = PROJECTION_STD, bias_value: float = 0.0):
+        self.std, self.bias_value = std, bias_value
+        super().__init__(inputs, outputs, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Left to `initialise`: torch's own initial values would be drawn only to be replaced."""
+
+    def initialise(self, generator: torch.Generator) -> None:
+        self.weight.normal_(0.0, self.std, generator=generator) if self.std else self.weight.zero_()
+        if self.bias is not None:
+            self.bias.fill_(self.bias_value)
+
+
+class Embedding(nn.Embedding):
+    """Token embedding, N(0, 0.02)."""
+
+    def reset_parameters(self) -> None:
+        """Left to `initialise`."""
+
+    def initialise(self, generator: torch.Generator) -> None:
+        self.weight.normal_(0.0, PROJECTION_STD, generator=generator)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight, computed in float32; weight starts at 1."""
+
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        self.weight.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class ShortConvolution(nn.Module):
+    """y_t = SiLU(sum_i w_i * x_{t-i}), i = 0..size-1: causal, per channel; weights U(-1/sqrt(size), 1/sqrt(size)).
+
+    Carries the last size-1 inputs [B, size-1, C] from one call to the next.
+    """
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.channels, self.size = channels, size
+        self.weight = nn.Parameter(torch.empty(size, channels))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        bound = self.size**-0.5
+        self.weight.uniform_(-bound, bound, generator=generator)
+
+    def initial_state(self, batch: int, dtype: torch.dtype) -> Tensor:
+        return self.weight.new_zeros(batch, self.size - 1, self.channels, dtype=dtype)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B,T,C] -> (y [B,T,C], the last size-1 inputs)."""
+        past = x.new_zeros(x.shape[0], self.size - 1, self.channels) if state is None else state.to(x.dtype)
+        padded = torch.cat([past, x], dim=1)
+        weight = self.weight.to(x.dtype).t().unsqueeze(1).flip(-1)
+        y = F.conv1d(padded.transpose(1, 2), weight, groups=self.channels).transpose(1, 2)
+        return F.silu(y), padded[:, x.shape[1] :]
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + 1e-6) along the last dimension."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)

@@ -1,0 +1,157 @@
+"""Strict typed configuration: a mapping becomes a frozen dataclass, or a `UserError` says which field is wrong and how.
+
+Every configuration in deltalab (a study, a task, a component) is a dataclass whose fields are declared with `option`:
+
+    @dataclass(frozen=True)
+    class Config:
+        pairs: int = option(8, "key-value pairs in an example", min=1)
+
+`build(Config, {"pairs": "many"}, "task")` raises ``task.pairs: 'many' is not an integer``. An unknown key is an error too:
+``task.pears: unknown key 'pears'. Did you mean 'pairs'?``. Nothing is converted in silence except an integer to a float.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from .errors import UserError, unknown
+
+T = TypeVar("T")
+_WORDS: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    finite: bool = True,
+    factory: Any = dataclasses.MISSING,
+) -> Any:
+    """A dataclass field with its help text and its limits: `min`/`max` included, `above`/`below` excluded."""
+    limits = {"help": help, "min": min, "max": max, "above": above, "below": below, "choices": choices, "finite": finite}
+    return dataclasses.field(default=default, default_factory=factory, metadata=limits)
+
+
+def build(cls: type[T], value: object, path: str, extra: tuple[str, ...] = ()) -> T:
+    """An instance of the dataclass `cls` from the mapping `value`, found at `path` of the user's file.
+
+    `extra`: keys that the caller has taken out already and that an error should list as valid.
+    """
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path or 'study'}: expected a mapping of {', '.join(fields_of(cls))}, got {value!r}")
+    known = fields_of(cls)
+    for key in value:
+        if key not in known:
+            raise unknown("key", key, (*known, *extra), join(path, key))
+    for name, field in known.items():
+        if name not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{join(path, name)}: missing. {field.metadata.get('help', '')}".rstrip())
+    hints = typing.get_type_hints(cls)
+    return cls(**{str(key): _convert(item, hints[key], join(path, key), known[key].metadata) for key, item in value.items()})
+
+
+def fields_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    """Name -> field of a configuration dataclass, in the order of declaration."""
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+def join(path: str, key: object) -> str:
+    """`training` + `lr` -> `training.lr`; an integer key becomes `[2]`."""
+    if isinstance(key, int):
+        return f"{path}[{key}]"
+    return f"{path}.{key}" if path else str(key)
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON-able data: dataclasses become dicts, tuples lists, infinities the words 'inf' and '-inf'."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: plain(getattr(value, name)) for name in fields_of(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+def _convert(value: object, hint: Any, path: str, limits: Mapping[str, Any]) -> Any:
+    """`value` as the type `hint`, checked against the field's limits."""
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value if value is not None else {}, path)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        rest = [argument for argument in arguments if argument is not type(None)]
+        if len(rest) == 1:
+            return _convert(value, rest[0], path, limits)
+        raise AssertionError(f"{path}: unions of several types are not a configuration type: {hint}")
+    if origin is typing.Literal:
+        if value not in arguments or isinstance(value, bool) != isinstance(arguments[0], bool):
+            raise unknown("value", value, map(str, arguments), path)
+        return value
+    if origin in (tuple, list):
+        return _sequence(value, origin, arguments, path, limits)
+    if origin in (dict, Mapping) or hint in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}: expected a mapping, got {value!r}")
+        return dict(value)
+    return _scalar(value, hint, path, limits)
+
+
+def _sequence(value: object, origin: Any, arguments: tuple[Any, ...], path: str, limits: Mapping[str, Any]) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{path}: expected a list, got {value!r}")
+    if origin is tuple and Ellipsis not in arguments:
+        if len(value) != len(arguments):
+            raise UserError(f"{path}: expected {len(arguments)} values, got {len(value)}: {list(value)!r}")
+        return tuple(_convert(item, hint, join(path, i), limits) for i, (item, hint) in enumerate(zip(value, arguments, strict=True)))
+    return origin(_convert(item, arguments[0], join(path, i), limits) for i, item in enumerate(value))
+
+
+def _scalar(value: object, hint: Any, path: str, limits: Mapping[str, Any]) -> Any:
+    if hint is float and value in ("inf", "-inf") and not limits.get("finite", True):
+        value = float(typing.cast(str, value))
+    right = isinstance(value, hint) or (hint is float and isinstance(value, int))
+    if not right or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{path}: {value!r} is not {_WORDS[hint]}")
+    if hint is float:
+        value = float(typing.cast(float, value))
+        if math.isnan(value) or (math.isinf(value) and limits.get("finite", True)):
+            raise UserError(f"{path}: {value!r} is not a finite number")
+    choices = limits.get("choices")
+    if choices is not None and value not in choices:
+        raise unknown("value", value, map(str, choices), path)
+    for word, fails in _LIMITS.items():
+        bound = limits.get(word)
+        if bound is not None and isinstance(value, (int, float)) and fails(value, bound):
+            raise UserError(f"{path}: {value!r} is out of range; it must be {_range_words(limits)}")
+    return value
+
+
+_LIMITS: dict[str, Any] = {
+    "min": lambda value, bound: value < bound,
+    "max": lambda value, bound: value > bound,
+    "above": lambda value, bound: value <= bound,
+    "below": lambda value, bound: value >= bound,
+}
+
+
+def _range_words(limits: Mapping[str, Any]) -> str:
+    words = {"min": "at least", "max": "at most", "above": "above", "below": "below"}
+    return " and ".join(f"{word} {limits[key]:g}" for key, word in words.items() if limits.get(key) is not None)
