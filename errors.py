@@ -24,7 +24,7 @@ def nearest(word: object, options: Iterable[str]) -> str | None:
 
 def unknown(kind: str, value: object, options: Iterable[str], path: str = "") -> UserError:
     """`axes.recurrence[1]: unknown recurrence 'gnd'. Did you mean 'gdn'? Valid: deltanet, gdn, ...`"""
-    names = sorted(options)
+    names = sorted(options) if isinstance(options, (set, frozenset)) else list(options)
     close = nearest(value, names)
     meant = f" Did you mean {close!r}?" if close else ""
     where = f"{path}: " if path else ""

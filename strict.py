@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from .errors import UserError, unknown
 
 T = TypeVar("T")
-_WORDS: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+_WORDS: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
 def option(
@@ -59,7 +59,7 @@ def build(cls: type[T], value: object, path: str, extra: tuple[str, ...] = ()) -
         if name not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{join(path, name)}: missing. {field.metadata.get('help', '')}".rstrip())
     hints = typing.get_type_hints(cls)
-    return cls(**{str(key): _convert(item, hints[key], join(path, key), known[key].metadata) for key, item in value.items()})
+    return cls(**{str(key): _convert(given, hints[key], join(path, key), known[key].metadata) for key, given in value.items()})
 
 
 def fields_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
@@ -68,10 +68,13 @@ def fields_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def join(path: str, key: object) -> str:
-    """`training` + `lr` -> `training.lr`; an integer key becomes `[2]`."""
-    if isinstance(key, int):
-        return f"{path}[{key}]"
+    """`training` + `lr` -> `training.lr`."""
     return f"{path}.{key}" if path else str(key)
+
+
+def item(path: str, index: int) -> str:
+    """`seeds` + 2 -> `seeds[2]`."""
+    return f"{path}[{index}]"
 
 
 def plain(value: Any) -> Any:
@@ -120,8 +123,8 @@ def _sequence(value: object, origin: Any, arguments: tuple[Any, ...], path: str,
     if origin is tuple and Ellipsis not in arguments:
         if len(value) != len(arguments):
             raise UserError(f"{path}: expected {len(arguments)} values, got {len(value)}: {list(value)!r}")
-        return tuple(_convert(item, hint, join(path, i), limits) for i, (item, hint) in enumerate(zip(value, arguments, strict=True)))
-    return origin(_convert(item, arguments[0], join(path, i), limits) for i, item in enumerate(value))
+        return tuple(_convert(one, hint, item(path, i), limits) for i, (one, hint) in enumerate(zip(value, arguments, strict=True)))
+    return origin(_convert(one, arguments[0], item(path, i), limits) for i, one in enumerate(value))
 
 
 def _scalar(value: object, hint: Any, path: str, limits: Mapping[str, Any]) -> Any:
@@ -129,18 +132,18 @@ def _scalar(value: object, hint: Any, path: str, limits: Mapping[str, Any]) -> A
         value = float(typing.cast(str, value))
     right = isinstance(value, hint) or (hint is float and isinstance(value, int))
     if not right or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{path}: {value!r} is not {_WORDS[hint]}")
+        raise UserError(f"{path}: {value!r} is not {_WORDS[hint]}{_range_words(limits)}")
     if hint is float:
         value = float(typing.cast(float, value))
         if math.isnan(value) or (math.isinf(value) and limits.get("finite", True)):
-            raise UserError(f"{path}: {value!r} is not a finite number")
+            raise UserError(f"{path}: {value!r} is not a finite number{_range_words(limits)}")
     choices = limits.get("choices")
     if choices is not None and value not in choices:
         raise unknown("value", value, map(str, choices), path)
     for word, fails in _LIMITS.items():
         bound = limits.get(word)
         if bound is not None and isinstance(value, (int, float)) and fails(value, bound):
-            raise UserError(f"{path}: {value!r} is out of range; it must be {_range_words(limits)}")
+            raise UserError(f"{path}: {value!r} is out of range{_range_words(limits)}")
     return value
 
 
@@ -153,5 +156,9 @@ _LIMITS: dict[str, Any] = {
 
 
 def _range_words(limits: Mapping[str, Any]) -> str:
+    """` (from 1 to 8)`, ` (at least 1)`, ` (above 0 and at most 1)`, or nothing."""
+    if limits.get("min") is not None and limits.get("max") is not None:
+        return f" (from {limits['min']} to {limits['max']})"
     words = {"min": "at least", "max": "at most", "above": "above", "below": "below"}
-    return " and ".join(f"{word} {limits[key]:g}" for key, word in words.items() if limits.get(key) is not None)
+    found = " and ".join(f"{word} {limits[key]}" for key, word in words.items() if limits.get(key) is not None)
+    return f" ({found})" if found else ""

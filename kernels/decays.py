@@ -149,53 +149,48 @@ class ScalarDecay:
 class ChannelDecay:
     """One decay per key channel. exp(g_i - g_j) no longer factors out of the product over channels, and exp(-g_j) may overflow.
 
-    So the lower triangle is cut into squares: for s = C/2, C/4, ..., 1 the rows of the second half of every block of 2s tokens
-    meet the columns of its first half, both measured from the boundary between them, where both exponents have one sign:
-    exp(g_i - g_j) = exp(g_i - g_ref) exp(g_ref - g_j). One batched product per level, all exact; C must be a power of two.
+    So the lower triangle is cut into squares: for s = 1, 2, 4, ..., C/2 the rows of the second half of every block of 2s tokens
+    meet the columns of its first half, both measured from the boundary between them:
+    exp(g_i - g_j) = exp(g_i - g_boundary) exp(g_boundary - g_j). One batched product per level, all exact; C is a power of two.
+
+    The decays themselves grow with the blocks: from the start of a block to a row, and from a column to the end of its block,
+    are each one multiplication away from the same in blocks of half the size. One exponential per token and channel is all.
     """
 
     def __init__(self, log_decay: Tensor) -> None:
-        self._g = log_decay.cumsum(-2)
-        self._from_start = decay_exp_(self._g.clone())
-        self._to_end = decay_exp_(self._g[..., -1:, :] - self._g)
-        size = self._g.shape[-2]
+        to_row, size = decay_exp_(log_decay.clone()), log_decay.shape[-2]
+        to_end = torch.ones_like(to_row)
         assert size & (size - 1) == 0, "the tree of squares needs a power of two"
-        self._spans = [size >> level for level in range(1, size.bit_length())]
-
-    def _level(self, span: int) -> tuple[Tensor, Tensor]:
-        """Decays from the boundary to the rows behind it and from the columns before it to the boundary, [N*G,blocks,span,K]."""
-        g = _halves(self._g, span)
-        boundary = g[:, :, 0, -1:]
-        return decay_exp_(g[:, :, 1] - boundary), decay_exp_(boundary - g[:, :, 0])
+        self._levels: list[tuple[int, Tensor, Tensor]] = []
+        for span in (1 << level for level in range(size.bit_length() - 1)):
+            rows, columns = _halves(to_row, span), _halves(to_end, span)
+            after, before = rows[:, :, 1].contiguous(), columns[:, :, 0].contiguous()
+            self._levels.append((span, after, before))
+            columns[:, :, 0].mul_(after[:, :, -1:])
+            rows[:, :, 1].mul_(rows[:, :, 0, -1:])
+        self._from_start, self._to_end = to_row, to_end
 
     def pairs(self, X: Tensor, W: Tensor) -> Tensor:
-        kinds, size = X.shape[0], X.shape[-2]
-        P = X.new_zeros(*X.shape[:-1], size)
+        P = X.new_zeros(*X.shape[:-1], X.shape[-2])
         torch.sum(X[-1] * W, -1, out=P[-1].diagonal(dim1=-2, dim2=-1))
-        for span in self._spans:
-            after, before = self._level(span)
+        for span, after, before in self._levels:
             columns = (_halves(W, span)[:, :, 0] * before).flatten(0, 1).mT
-            for kind in range(kinds):
-                rows = (_halves(X[kind], span)[:, :, 1] * after).flatten(0, 1)
-                square = torch.bmm(rows, columns)
-                _squares(P[kind], span).copy_(square.view(-1, size // (2 * span), span, span))
+            for kind, rows in enumerate(X):
+                square = torch.bmm((_halves(rows, span)[:, :, 1] * after).flatten(0, 1), columns)
+                _squares(P[kind], span).copy_(square.unflatten(0, after.shape[:2]))
         return P
 
     def pairs_backward(self, dP: Tensor, X: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-        kinds, size = X.shape[0], X.shape[-2]
         diagonal = dP[-1].diagonal(dim1=-2, dim2=-1)[..., None]
         dX, dW = torch.zeros_like(X), X[-1] * diagonal
         torch.mul(W, diagonal, out=dX[-1])
-        for span in self._spans:
-            after, before = self._level(span)
+        for span, after, before in self._levels:
             columns = (_halves(W, span)[:, :, 0] * before).flatten(0, 1)
-            d_columns = torch.zeros_like(columns)
-            for kind in range(kinds):
+            for kind, rows in enumerate(X):
                 square = _squares(dP[kind], span).reshape(-1, span, span)
-                rows = (_halves(X[kind], span)[:, :, 1] * after).flatten(0, 1)
-                d_columns.baddbmm_(square.mT, rows)
-                _halves(dX[kind], span)[:, :, 1].addcmul_(torch.bmm(square, columns).view_as(after), after)
-            _halves(dW, span)[:, :, 0].addcmul_(d_columns.view_as(before), before)
+                d_columns = _product(square.mT, (_halves(rows, span)[:, :, 1] * after).flatten(0, 1))
+                _halves(dX[kind], span)[:, :, 1].addcmul_(_product(square, columns).view_as(after), after)
+                _halves(dW, span)[:, :, 0].addcmul_(d_columns.view_as(before), before)
         return dX, dW
 
     def from_start(self, X: Tensor) -> Tensor:
@@ -212,6 +207,16 @@ class ChannelDecay:
         if at_end is not None:
             dg[..., -1, :] += at_end
         return suffix_sum(dg, -2)
+
+
+def _product(squares: Tensor, rows: Tensor) -> Tensor:
+    """squares @ rows, [M,s,s] and [M,s,K]. The smallest are sums of outer products: batches of them cost 5 times as much."""
+    if squares.shape[-1] > 2:
+        return torch.bmm(squares, rows)
+    total = squares[..., :1] * rows[:, :1]
+    for j in range(1, squares.shape[-1]):
+        total.addcmul_(squares[..., j : j + 1], rows[:, j : j + 1])
+    return total
 
 
 def _halves(x: Tensor, span: int) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.short_conv import short_convolution
+
 PROJECTION_STD = 0.02
 L2_EPS = 1e-6
 
@@ -75,10 +77,7 @@ class ShortConvolution(nn.Module):
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B,T,C] -> (y [B,T,C], the last size-1 inputs)."""
         past = x.new_zeros(x.shape[0], self.size - 1, self.channels) if state is None else state.to(x.dtype)
-        padded = torch.cat([past, x], dim=1)
-        weight = self.weight.to(x.dtype).t().unsqueeze(1).flip(-1)
-        y = F.conv1d(padded.transpose(1, 2), weight, groups=self.channels).transpose(1, 2)
-        return F.silu(y), padded[:, x.shape[1] :]
+        return short_convolution(x, past, self.weight.to(x.dtype))
 
 
 def l2_normalise(x: Tensor) -> Tensor:

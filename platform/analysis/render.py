@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -16,7 +17,7 @@ from .comparison import ArmRow, Comparison, PartTable
 from .statistics import Estimate
 
 FORMATS = ("table", "json", "csv", "markdown", "latex")
-_HEADERS = ("arm", "n", "{metric}", "95 % CI", "difference to {baseline}", "95 % CI", "p (Holm)", "tokens/s", "x baseline", "parameters")
+_HEADERS = ("arm", "n", "{metric}", "difference", "p", "tokens/s", "ratio")
 
 
 def render(comparison: Comparison, form: str) -> str:
@@ -37,9 +38,9 @@ def _renderables(comparison: Comparison) -> Iterator[RenderableType]:
     for part in comparison.parts:
         headers = _headers(part)
         title = f"{comparison.study}{'/' + part.part if part.part else ''}: {part.metric} on {part.task} v{part.task_version}"
-        table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+        table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
         for i, header in enumerate(headers):
-            table.add_column(escape(header), justify="left" if i == 0 else "right", overflow="fold")
+            table.add_column(escape(header), justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0)
         best = _best(part)
         for row in part.arms:
             cells = [escape(cell) for cell in _cells(row, part)]
@@ -53,7 +54,7 @@ def _renderables(comparison: Comparison) -> Iterator[RenderableType]:
 
 
 def _headers(part: PartTable) -> list[str]:
-    return [header.format(metric=part.metric.split("/")[-1], baseline=part.baseline) for header in _HEADERS]
+    return [header.format(metric=part.metric.split("/")[-1]) for header in _HEADERS]
 
 
 def _best(part: PartTable) -> str | None:
@@ -72,14 +73,11 @@ def _cells(row: ArmRow, part: PartTable) -> list[str]:
     return [
         row.arm,
         str(row.value.n if row.value else 0) + _missing(row),
-        _number(row.value.mean if row.value else None, form),
         _interval(row.value, form),
-        "baseline" if row.arm == part.baseline else _number(difference.estimate.mean if difference else None, "+" + form.lstrip("+")),
-        _interval(difference.estimate if difference else None, "+" + form),
-        "" if row.arm == part.baseline else ("< 0.001" if p is not None and p < 0.001 else _number(p, ".3f")),
+        "baseline" if row.arm == part.baseline else _interval(difference.estimate if difference else None, "+" + form),
+        "" if row.arm == part.baseline else ("<0.001" if p is not None and p < 0.001 else _number(p, ".3f")),
         _number(row.speed, ",.0f"),
         _number(row.speed_ratio, ".2f"),
-        _number(row.parameters, ",.0f"),
     ]
 
 
@@ -94,13 +92,17 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _interval(found: Estimate | None, form: str) -> str:
-    return "-" if found is None or found.low is None else f"[{found.low:{form}}, {found.high:{form}}]"
+    """`0.9876 ± 0.0064`: the Student-t interval is symmetric, so its half-width says it all."""
+    if found is None:
+        return "-"
+    half = "" if found.high is None else f" ± {found.high - found.mean:{form.lstrip('+')}}"
+    return f"{found.mean:{form}}{half}"
 
 
 def _footer(comparison: Comparison) -> Iterator[str]:
     yield (
-        f"95 % CI: {comparison.ci['method']}. Differences are paired by seed; p: paired t test, Holm-corrected over the arms of a table. "
-        f"tokens/s: training, median over seeds; trials ran side by side, so read the ratio. Launch {comparison.launch}."
+        f"±: 95 % confidence interval, {comparison.ci['method']} (n). Differences are paired by seed; p: paired t test, Holm-corrected over "
+        f"the table. tokens/s: training, median over seeds; ratio: to the baseline. Launch {comparison.launch}."
     )
     for failure in comparison.failures:
         where = f"{failure.part}/{failure.arm}".removeprefix("/")

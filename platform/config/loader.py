@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ... import yaml_file
 from ...errors import UserError, unknown
-from ...strict import build, fields_of, join
+from ...strict import build, fields_of, item, join
 from .schema import SECTIONS, BaseConfig, PartConfig, ResourcesConfig, StudyConfig
 
 _EVERYWHERE = (*SECTIONS, "axes", "seeds", "baseline", "metric")
@@ -194,7 +194,7 @@ def _axes(config: PartConfig, study: StudyConfig, everywhere: Mapping[str, Any],
                 raise UserError(f"{here}: expected a list of values, got {values!r}")
             for i, value in enumerate(values):
                 if value in values[:i] and type(value) is type(values[values.index(value)]):
-                    raise UserError(f"{join(here, i)}: {value!r} stands twice")
+                    raise UserError(f"{item(here, i)}: {value!r} stands twice")
             axes[key], paths[f"axes.{key}"] = values, here
     return axes
 
@@ -226,7 +226,7 @@ def _seeds(value: Any, path: str) -> tuple[int, ...]:
         raise UserError(f"{path}: expected a list of integers, or a number n for 0..n-1, got {value!r}")
     for i, seed in enumerate(value):
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise UserError(f"{join(path, i)}: {seed!r} is not a seed (an integer from 0 to 2147483647)")
+            raise UserError(f"{item(path, i)}: {seed!r} is not a seed (an integer from 0 to 2147483647)")
         if seed in value[:i]:
-            raise UserError(f"{join(path, i)}: the seed {seed} stands twice")
+            raise UserError(f"{item(path, i)}: the seed {seed} stands twice")
     return tuple(value)

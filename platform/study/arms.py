@@ -14,7 +14,7 @@ import torch
 from ...errors import UserError
 from ...recurrences import Block, LanguageModel, MixerSpec
 from ...registry import load
-from ...strict import build, join, plain
+from ...strict import build, item, plain
 from ..config import ModelConfig, Part, TrainingConfig
 from ..config.loader import combine, named
 from ..tasks import Task, build_task
@@ -123,7 +123,7 @@ def _relocate(message: str, part: Part, point: _Point) -> str:
         short = f"{axis}.card" if axis == "recurrence" else f"{axis}.name"
         for prefix in (short, axis) if isinstance(point.values[axis], str) else (axis,):
             if message.startswith(prefix) and message[len(prefix) : len(prefix) + 1] in (".", ":", "["):
-                return join(part.paths[f"axes.{axis}"], point.indices[axis]) + message[len(prefix) :]
+                return item(part.paths[f"axes.{axis}"], point.indices[axis]) + message[len(prefix) :]
     section = message.partition(":")[0].split(".")[0].split("[")[0]
     if section in part.paths:
         return part.paths[section] + message[len(section) :]

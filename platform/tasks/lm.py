@@ -87,8 +87,9 @@ class LmTask(Task):
 
     def __init__(self, config: LmConfig, path: str = "task") -> None:
         """A path is made absolute at once: a worker that builds the task again may stand in another folder."""
-        if config.corpus and config.corpus != STDLIB:
-            config = replace(config, corpus=os.path.abspath(os.path.expanduser(config.corpus)))
+        place = os.path.expanduser(config.corpus)
+        if config.corpus != STDLIB and os.path.exists(place):
+            config = replace(config, corpus=os.path.abspath(place))
         super().__init__(config, path)
 
     def fingerprint(self) -> str:

@@ -41,8 +41,8 @@ _VERSION = table("alembic_version", sql_column("version_num"))
 
 
 def sqlite_url(path: Path) -> str:
-    """The URL of a SQLite file, whatever characters its path has."""
-    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+    """The URL of a SQLite file, whatever characters its path has; absolute, so that a change of folder does not move it."""
+    return URL.create("sqlite", database=str(path.absolute())).render_as_string(hide_password=False)
 
 
 def parse_url(url: str | URL) -> URL:

@@ -299,6 +299,7 @@ def _import_mlflow() -> Any:
     """MLflow, imported when it is needed (over a second), silent about its tables, and not telling anybody."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a line per run that ends on a server
     import mlflow
 
     for name in ("mlflow", "alembic"):

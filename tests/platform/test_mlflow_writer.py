@@ -132,6 +132,8 @@ def test_how_a_trial_ends(writer: MlflowWriter, status: Any, expected: str) -> N
     assert run.data.metrics == {"a": 1.0}
     assert run.data.tags["deltalab.not_finite"] == "gone, nan, inf"
     assert curve(writer, run_id, "a") == [(0, 1.0)]
+    assert open_trial(writer, writer.open_launch("quick", "2", {}, {})) == run_id
+    assert "deltalab.not_finite" not in writer._client.get_run(run_id).data.tags
 
 
 def test_infinities_are_not_written_as_the_largest_number(writer: MlflowWriter) -> None:
@@ -344,7 +346,7 @@ def test_more_than_a_batch_of_everything(writer: MlflowWriter) -> None:
 
 
 def test_a_hash_that_is_none_is_refused(writer: MlflowWriter) -> None:
-    with pytest.raises(ValueError, match="expected letters and digits"):
+    with pytest.raises(ValueError, match="expected letters, digits"):
         open_trial(writer, writer.open_launch("quick", "1", {}, {}), trial_hash="a' or '1' = '1")
 
 

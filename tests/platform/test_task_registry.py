@@ -93,7 +93,7 @@ def test_an_integer_is_a_number() -> None:
         ({"name": "mqar", "power": True}, "task.power: True is not a number"),
         ({"name": "mqar", "power": float("nan")}, "task.power: nan is not a finite number"),
         ({"name": "mqar", "power": -1}, "task.power: -1.0 is out of range"),
-        ({"name": "mqar", "filler": "zeros"}, "task.filler: unknown value 'zeros'. Did you mean 'zero'? Valid: random, zero"),
+        ({"name": "mqar", "filler": "zeros"}, "task.filler: unknown value 'zeros'. Did you mean 'zero'? Valid: zero, random"),
         ({"name": "mqar", "filler": 0}, "task.filler: 0 is not a text"),
         ({"name": "mqar", "preset": "quik"}, "task.preset: unknown preset of mqar 'quik'. Did you mean 'quick'?"),
         ({"name": "mqar", "preset": ["quick"]}, "task.preset: unknown preset of mqar ['quick']"),
