@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from .decays import Decay, decay_of, products
 from .layout import Plan, gather, scatter
-from .precision import clamp_log_decay, lowest_exponent, without_autocast
+from .precision import lowest_exponent, without_autocast
+from .triangular import solve
 
 
 def delta_rule(
@@ -38,7 +39,7 @@ def delta_rule(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`reference.delta_rule` on checked inputs, computed in `dtype`. o in v's dtype, the final state in `dtype`."""
-    result: tuple[Tensor, Tensor] = _ChunkedDeltaRule.apply(
+    result: tuple[Tensor, Tensor] = _ChunkedDeltaRule.apply(  # type: ignore[no-untyped-call]
         q, read_key, write_key, v, log_decay, initial_state, scale, chunk_size, dtype
     )
     return result
@@ -60,7 +61,7 @@ def _load(plan: Plan, start: int, q: Tensor, r: Tensor | None, w: Tensor, log_de
         gather(plan, start, row, out=X[kind])
     X[-1].mul_(scale)
     W = gather(plan, start, w)
-    g = None if log_decay is None else clamp_log_decay(gather(plan, start, log_decay))
+    g = None if log_decay is None else gather(plan, start, log_decay)
     decay = decay_of(g, plan.dtype, plan.size, q.device)
     return _Span(X, W, decay.pairs(X, W), decay)
 
@@ -79,7 +80,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         chunk_size: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        B, T, H, K = q.shape
+        B, _, H, K = q.shape
         plan = Plan.of(v, chunk_size, dtype, power_of_two=log_decay is not None and log_decay.ndim == 4)
         states = torch.empty(plan.count + 1, B * H, K, v.shape[-1], dtype=dtype, device=q.device)
         errors = torch.empty(*plan.shape(), v.shape[-1], dtype=dtype, device=q.device)
@@ -119,14 +120,14 @@ class _ChunkedDeltaRule(torch.autograd.Function):
                     gather(plan, start, d_o, out=L[-1])
                 fresh = start == 0 and initial is None
                 grads = _backward(span, L, dS, states[start : stop + 1], errors[start:stop], fresh)
-                dS = grads.dS
-                scatter(plan, start, grads.dX[-1].mul_(ctx.scale), dq)
+                dS = grads.state
+                scatter(plan, start, grads.rows[-1].mul_(ctx.scale), dq)
                 if dr is not None:
-                    scatter(plan, start, grads.dX[0], dr)
-                scatter(plan, start, grads.dW, dw)
-                scatter(plan, start, grads.dV, dv)
-                if dg is not None:
-                    scatter(plan, start, grads.dg, dg)
+                    scatter(plan, start, grads.rows[0], dr)
+                scatter(plan, start, grads.columns, dw)
+                scatter(plan, start, grads.values, dv)
+                if dg is not None and grads.log_decay is not None:
+                    scatter(plan, start, grads.log_decay, dg)
         if dg is not None:
             # Where the decay is exactly 0 nothing flows, as in the definition: d exp(x) = exp(x) dx.
             dg.masked_fill_(log_decay <= lowest_exponent(plan.dtype), 0)
@@ -146,11 +147,11 @@ def _forward(span: _Span, V: Tensor, S: Tensor, E: Tensor, fresh: bool) -> Tenso
     if not erase:
         E.copy_(V)
     elif chunks == 1:
-        _solve(P[0], V.sub_(start[0] @ S[:1]) if read else V, out=E)
+        solve(P[0], V.sub_(start[0] @ S[:1]) if read else V, out=E)
     else:
         # E_n = U_n - Y_n S_n with everything but the state known for all chunks at once.
-        _solve(P[0], V, out=E)
-        Y = _solve(P[0], start[0])
+        solve(P[0], V, out=E)
+        Y = solve(P[0], start[0])
     for n in range(chunks):
         if erase and chunks > 1:
             E[n].baddbmm_(Y[n], S[n], alpha=-1)
@@ -162,11 +163,11 @@ def _forward(span: _Span, V: Tensor, S: Tensor, E: Tensor, fresh: bool) -> Tenso
 
 
 class _Gradients(NamedTuple):
-    dX: Tensor  # [R,N,G,C,K]
-    dW: Tensor  # [N,G,C,K]
-    dV: Tensor  # [N,G,C,V]
-    dg: Tensor | None  # [N,G,C] or [N,G,C,K]
-    dS: Tensor  # [G,K,V] of the state that entered; 0 where none did
+    rows: Tensor  # [R,N,G,C,K]
+    columns: Tensor  # [N,G,C,K]
+    values: Tensor  # [N,G,C,V]
+    log_decay: Tensor | None  # [N,G,C] or [N,G,C,K]
+    state: Tensor  # [G,K,V], of the state that entered; 0 where none did
 
 
 def _backward(span: _Span, L: Tensor, dS_end: Tensor | None, S: Tensor, E: Tensor, fresh: bool) -> _Gradients:
@@ -182,8 +183,8 @@ def _backward(span: _Span, L: Tensor, dS_end: Tensor | None, S: Tensor, E: Tenso
     if chunks == 1 and written:
         dV += end @ dS[1:]
     if erase:
-        dV = _solve(P[0], dV, transposed=True)
-        Z = _solve(P[0], end, transposed=True) if chunks > 1 else end
+        dV = solve(P[0], dV, transposed=True)
+        Z = solve(P[0], end, transposed=True) if chunks > 1 else end
     else:
         Z = end
     for n in reversed(range(chunks if read else 0)):
@@ -202,13 +203,3 @@ def _backward(span: _Span, L: Tensor, dS_end: Tensor | None, S: Tensor, E: Tenso
         dW += decay.to_end(E @ dS[1:].mT)
     at_end = (dS[1:] * S[1:]).sum(-1) if written else None
     return _Gradients(dX, dW, dV, decay.gradient(X, dX, W, dW, at_end), dS[0])
-
-
-def _solve(M: Tensor, rhs: Tensor, transposed: bool = False, out: Tensor | None = None) -> Tensor:
-    """(I + M)^-1 rhs or (I + M^T)^-1 rhs for M [N,G,C,C] strictly lower.
-
-    A row-major `out` saves LAPACK's detour through column-major copies: 1.3 to 3 times as fast as without."""
-    out = torch.empty_like(rhs, memory_format=torch.contiguous_format) if out is None else out
-    matrix = M.mT if transposed else M
-    torch.linalg.solve_triangular(matrix, rhs, upper=transposed, unitriangular=True, out=out)
-    return out

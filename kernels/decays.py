@@ -8,7 +8,8 @@ Within a chunk let g_i be the inclusive prefix sum of log_decay. The chunk form 
     carry       S exp(g_C)
 
 and the adjoints of each. Queries and read keys enter only as x exp(g) and write keys only as w exp(-g), so the gradient of g
-needs no derivative of any exponential: per channel dg = x dx - w dw, summed over the rows' kinds (and over K for one number per head).
+needs no derivative of any exponential: per channel dg = x dx - w dw, summed over the rows' kinds (over K too, for one number
+per head).
 
 No exponent is ever positive unless the caller's own log_decay is: nothing is divided by a decay, so a gate may be as strong as
 it likes. Shapes: rows X [R,N,G,C,K] (R = 2: read keys, queries; R = 1: queries alone), columns W [N,G,C,K], pairs [R,N,G,C,C],
@@ -22,7 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .precision import decay_exp_, suffix_sum
+from .precision import clamp_log_decay, decay_exp_, suffix_sum
+from .triangular import causal
 
 
 class Decay(Protocol):
@@ -52,14 +54,6 @@ def decay_of(log_decay: Tensor | None, dtype: torch.dtype, size: int, device: to
     if log_decay is None:
         return NoDecay(size, dtype, device)
     return ScalarDecay(log_decay) if log_decay.ndim == 3 else ChannelDecay(log_decay)
-
-
-def causal(size: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Masks [rows,1,1,C,C]: queries see their own token, read keys only those before it."""
-    mask = torch.ones(rows, 1, 1, size, size, dtype=dtype, device=device).tril_()
-    if rows == 2:
-        mask[0].tril_(-1)
-    return mask
 
 
 def products(X: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
@@ -110,9 +104,8 @@ class ScalarDecay:
     """One decay per head and token: a C x C matrix of decays beside the products."""
 
     def __init__(self, log_decay: Tensor) -> None:
-        g = log_decay.cumsum(-1)
-        size = g.shape[-1]
-        lower = causal(size, 1, g.dtype, g.device)[0]
+        g = clamp_log_decay(log_decay).cumsum(-1)
+        lower = causal(g.shape[-1], 1, g.dtype, g.device)[0]
         # The differences above the diagonal are positive and could overflow: they become exp(0) and then 0.
         self._weights = decay_exp_((g[..., :, None] - g[..., None, :]).mul_(lower)).mul_(lower)
         self._from_start = decay_exp_(g.clone())[..., None]
@@ -164,7 +157,7 @@ class ChannelDecay:
         self._levels: list[tuple[int, Tensor, Tensor]] = []
         for span in (1 << level for level in range(size.bit_length() - 1)):
             rows, columns = _halves(to_row, span), _halves(to_end, span)
-            after, before = rows[:, :, 1].contiguous(), columns[:, :, 0].contiguous()
+            after, before = rows[:, :, 1].clone(), columns[:, :, 0].clone()
             self._levels.append((span, after, before))
             columns[:, :, 0].mul_(after[:, :, -1:])
             rows[:, :, 1].mul_(rows[:, :, 0, -1:])
@@ -177,7 +170,7 @@ class ChannelDecay:
             columns = (_halves(W, span)[:, :, 0] * before).flatten(0, 1).mT
             for kind, rows in enumerate(X):
                 square = torch.bmm((_halves(rows, span)[:, :, 1] * after).flatten(0, 1), columns)
-                _squares(P[kind], span).copy_(square.unflatten(0, after.shape[:2]))
+                _squares(P[kind], span).copy_(square.view(*after.shape[:2], span, span))
         return P
 
     def pairs_backward(self, dP: Tensor, X: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,8 +57,8 @@ def delta_rule(
         backend: "auto", "reference" (token loop) or "torch" (chunk form); the same function, up to rounding.
         chunk_size: tokens a chunk at most; matters for speed only.
 
-    Returns: o [B,T,H,V] in v's dtype, and the state after the last token [B,H,K,V] in the working dtype: the widest dtype of q,
-    log_decay and initial_state, float32 at least (also under autocast). Handing the state to the next call continues the sequence.
+    Returns: o [B,T,H,V] in v's dtype, and the state after the last token [B,H,K,V] in the working dtype: the widest dtype of
+    q, log_decay and initial_state, float32 at least (under autocast too). Given to the next call, it continues the sequence.
     T = 0 gives an empty o and the initial state. Differentiable once in every tensor.
 
     Errors: `UserError` (a ValueError) that names the argument, what it holds and what it should hold.
@@ -68,7 +68,8 @@ def delta_rule(
     dtype = working_dtype(q, log_decay, initial_state)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rows = read_key if erase else None
-    if backend == "torch":
+    # One token, as in decoding, is one step of the loop: a third of the time of a chunk of one.
+    if backend == "torch" and q.shape[1] != 1:
         return chunked.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, chunk_size, dtype)
     B, _, H, K = q.shape
     state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
@@ -112,7 +113,7 @@ def hypergradient_scan(
     backend: str = "auto",
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """The hypergradient preconditioner's own recurrence  [OSDN; recurrences.md, section 4.2], with b = `aware`, or 1 (beta-blind):
+    """The hypergradient preconditioner's own recurrence  [OSDN; recurrences.md, section 4.2], b = `aware` or 1 (beta-blind):
 
         d_{t+1} = clip( exp(log_decay_t) d_t + step_t b_t (1 - b_t <d_t, s_t>) s_t, box )
 
@@ -122,8 +123,8 @@ def hypergradient_scan(
         aware: None, or the step size beta [B,T,H] of a beta-aware preconditioner.
         log_decay: log gamma, None or [B,T,H]. initial: d_1 [B,H,K], zeros when None; it is not clipped.
         box: (lowest, highest), either may be infinite; None for no box.
-        clip: "token" clips after every token, exactly, in a loop over tokens; "chunk" clips only what is carried over the end of
-            a chunk of `chunk_size` tokens (and over the end of the sequence): faster, another function, to be named so in results;
+        clip: "token" clips after every token, exactly, in a loop over tokens; "chunk" clips only what is carried over the end
+            of a chunk of `chunk_size` tokens (and of the sequence): faster, another function, to be named so in results;
             "none" ignores the box. At the edge of the box the gradient passes, beyond it it does not, as in torch.clamp.
         backend, chunk_size: as in `delta_rule`; with clip="chunk" the chunk size is part of the function.
 
@@ -139,8 +140,8 @@ def hypergradient_scan(
     edges = None if box is None or clip == "none" else (float(box[0]), float(box[1]))
     if backend == "reference":
         every = chunk_size if clip == "chunk" else 1
-        wide = [_to(tensor, dtype) for tensor in (aware, log_decay)]
-        return reference.hypergradient_scan(s.to(dtype), eta.to(dtype), *wide, first.to(dtype), edges, every)
+        b, gamma = _to(aware, dtype), _to(log_decay, dtype)
+        return reference.hypergradient_scan(s.to(dtype), eta.to(dtype), b, gamma, first.to(dtype), edges, every)
     if edges is not None and clip == "token":
         return token_scan.clipped_hypergradient_scan(s, eta, aware, log_decay, first, edges, dtype)
     return scans.hypergradient_scan(s, eta, aware, log_decay, first, edges, chunk_size, dtype)

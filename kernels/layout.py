@@ -71,7 +71,7 @@ def gather(plan: Plan, start: int, x: Tensor, out: Tensor | None = None) -> Tens
         tokens = pad(tokens, (0, 0) * (x.ndim - 2) + (0, missing))
     if out is None:
         out = torch.empty(chunks, groups, size, *x.shape[3:], dtype=plan.dtype, device=x.device)
-    _by_batch(plan, out).copy_(tokens.unflatten(1, (chunks, size)))
+    _by_batch(plan, out).copy_(tokens.view(plan.batch, chunks, size, *x.shape[2:]))
     return out
 
 
@@ -80,12 +80,12 @@ def scatter(plan: Plan, start: int, x: Tensor, into: Tensor) -> None:
     tokens = into[:, start * plan.size : (start + x.shape[0]) * plan.size]
     source = _by_batch(plan, x)
     if tokens.shape[1] == x.shape[0] * plan.size:
-        tokens.unflatten(1, (x.shape[0], plan.size)).copy_(source)
+        tokens.view(source.shape).copy_(source)
     else:
         tokens.copy_(source.flatten(1, 2)[:, : tokens.shape[1]])
 
 
 def _by_batch(plan: Plan, x: Tensor) -> Tensor:
     """[N,G,C,...] seen as [B,N,C,H,...]."""
-    axes = x.unflatten(1, (plan.batch, plan.heads))
+    axes = x.view(x.shape[0], plan.batch, plan.heads, *x.shape[2:])
     return axes.permute(1, 0, 3, 2, *range(4, axes.ndim))

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .decays import causal
 from .layout import Plan, gather, scatter
 from .precision import clamp_log_decay, decay_exp_, without_autocast
 from .reference import Box
+from .triangular import causal, solve
 
 
 def diagonal_scan(
@@ -33,7 +33,9 @@ def diagonal_scan(
     if log_decay is None:
         totals = u.to(dtype).cumsum(1) + initial[:, None]
         return totals, totals[:, -1] if u.shape[1] else initial
-    result: tuple[Tensor, Tensor] = _DiagonalScan.apply(u, log_decay, initial, chunk_size, dtype)
+    result: tuple[Tensor, Tensor] = _DiagonalScan.apply(  # type: ignore[no-untyped-call]
+        u, log_decay, initial, chunk_size, dtype
+    )
     return result
 
 
@@ -48,7 +50,9 @@ def hypergradient_scan(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`reference.hypergradient_scan` with the box applied at the end of every chunk of exactly `chunk_size` tokens."""
-    result: tuple[Tensor, Tensor] = _HypergradientScan.apply(s, step, aware, log_decay, initial, box, chunk_size, dtype)
+    result: tuple[Tensor, Tensor] = _HypergradientScan.apply(  # type: ignore[no-untyped-call]
+        s, step, aware, log_decay, initial, box, chunk_size, dtype
+    )
     return result
 
 
@@ -82,8 +86,7 @@ class _DiagonalScan(torch.autograd.Function):
         plan: Plan = ctx.plan
         du = torch.empty_like(totals)
         d_totals = torch.zeros_like(totals) if d_totals is None else d_totals
-        leaving = torch.zeros_like(totals[:, 0] if plan.length else initial).flatten(0, 1)
-        leaving = leaving if d_final is None else d_final.flatten(0, 1)
+        leaving = totals.new_zeros(plan.batch * plan.heads, totals.shape[-1]) if d_final is None else d_final.flatten(0, 1)
         with without_autocast(totals.device):
             for start, stop in reversed(list(plan.spans())):
                 decay = _Decays.of(plan, start, log_decay, inclusive=True)
@@ -127,7 +130,7 @@ class _HypergradientScan(torch.autograd.Function):
                 entering, z = [], []
                 for n in range(len(L)):
                     entering.append(d)
-                    z.append(_solve(L[n], 1 - ahead[n] @ d[..., None]))
+                    z.append(solve(L[n], 1 - ahead[n] @ d[..., None]))
                     d = torch.baddbmm((x.whole[n] * d)[:, None], z[n].mT, behind[n])[:, 0]
                     if box is not None:
                         inside.append((d >= box[0]) & (d <= box[1]))
@@ -159,7 +162,7 @@ class _HypergradientScan(torch.autograd.Function):
                     if inside:
                         leaving = leaving * inside[start + n]
                     ends.append(leaving)
-                    zeta = _solve(L[n], met[n] + x.until_end[n] * (x.S[n] @ leaving[..., None]), transposed=True)
+                    zeta = solve(L[n], met[n] + x.until_end[n] * (x.S[n] @ leaving[..., None]), transposed=True)
                     sources[n].addcmul_(strength[n] * zeta, x.S[n], value=-1)
                     leaving = x.whole[n] * leaving + (x.since_start[n] * sources[n]).sum(-2)
                 adjoint = x.within.mT @ sources
@@ -175,7 +178,9 @@ def hypergradient_gradients(
     """Gradients for s, step, aware and log_decay from every token's d and the adjoint of d_{t+1} before its clip.
 
     With r = <d,s>, zeta = <adjoint,s>, c = step b [recurrences.md, section 4.2]:
-    ds = c (1 - b r) adjoint - c b zeta d;  d step = b (1 - b r) zeta;  db = step (1 - 2 b r) zeta;  d log gamma = gamma <adjoint,d>.
+
+        ds = c (1 - b r) adjoint - c b zeta d        d step = b (1 - b r) zeta
+        db = step (1 - 2 b r) zeta                   d log gamma = gamma <adjoint,d>
     """
     keys = s.to(d.dtype)
     b = torch.ones_like(step, dtype=d.dtype) if aware is None else aware.to(d.dtype)
@@ -230,8 +235,3 @@ class _Keys(NamedTuple):
         c = gather(plan, start, step)
         b = torch.ones_like(c) if aware is None else gather(plan, start, aware)
         return cls(gather(plan, start, s), b, b * c, *_Decays.of(plan, start, log_decay, inclusive=False))
-
-
-def _solve(L: Tensor, rhs: Tensor, transposed: bool = False) -> Tensor:
-    """(I + L)^-1 rhs or (I + L^T)^-1 rhs for L [G,C,C] strictly lower."""
-    return torch.linalg.solve_triangular(L.mT if transposed else L, rhs, upper=transposed, unitriangular=True)

@@ -17,42 +17,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def short_convolution(x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, the last W-1 inputs). x [B,T,C], past [B,W-1,C], weight [W,C], all of one dtype."""
-    padded = torch.cat([past, x], dim=1)
-    y: Tensor = _ShortConvolution.apply(padded, weight)  # type: ignore[no-untyped-call]
-    return y, padded[:, x.shape[1] :]
+def short_convolution(x: Tensor, weight: Tensor, past: Tensor | None = None) -> Tensor:
+    """y [B,T,C] for x [B,T,C], weight [W,C], past [B,W-1,C] or None (zeros), all of one dtype."""
+    padded = x if past is None else torch.cat([past, x], dim=1)
+    y: Tensor = _ShortConvolution.apply(padded, weight, x.shape[1])  # type: ignore[no-untyped-call]
+    return y
 
 
 class _ShortConvolution(torch.autograd.Function):
-    """Over the padded input [B,W-1+T,C]; keeps input and z."""
+    """Over `padded` [B,P+T,C], whose first P = W-1 or 0 rows are the past; keeps the input and z."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
-        z = _convolve(padded, weight)
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, tokens: int) -> Tensor:
+        lead = padded.shape[1] - tokens
+        z = padded[:, lead:] * weight[0]
+        for i in range(1, weight.shape[0]):
+            to, source = _tap(i, lead, tokens)
+            z[:, to].addcmul_(padded[:, source], weight[i])
         ctx.save_for_backward(padded, weight, z)
         return F.silu(z)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         padded, weight, z = ctx.saved_tensors
         dz = torch.ops.aten.silu_backward(dy.contiguous(), z)
-        W, T = weight.shape[0], z.shape[1]
-        d_padded, d_weight = torch.zeros_like(padded), torch.empty_like(weight)
-        for i in range(W):
-            start = W - 1 - i
-            d_padded[:, start : start + T].addcmul_(dz, weight[i])
-            d_weight[i] = torch.linalg.vecdot(dz, padded[:, start : start + T], dim=1).sum(0)
-        return d_padded, d_weight
+        lead = padded.shape[1] - z.shape[1]
+        d_padded, d_weight = torch.empty_like(padded), torch.zeros_like(weight)
+        d_padded[:, :lead] = 0
+        torch.mul(dz, weight[0], out=d_padded[:, lead:])
+        products = torch.empty_like(dz)  # one buffer for all taps: fresh megabytes cost page faults
+        for i in range(weight.shape[0]):
+            to, source = _tap(i, lead, z.shape[1])
+            if i:
+                d_padded[:, source].addcmul_(dz[:, to], weight[i])
+            d_weight[i] = torch.mul(dz[:, to], padded[:, source], out=products[:, to]).sum((0, 1))
+        return d_padded, d_weight, None
 
 
-def _convolve(padded: Tensor, weight: Tensor) -> Tensor:
-    """z [B,T,C]."""
-    W = weight.shape[0]
-    T = padded.shape[1] - W + 1
-    z = padded[:, W - 1 :] * weight[0]
-    for i in range(1, W):
-        start = W - 1 - i
-        z.addcmul_(padded[:, start : start + T], weight[i])
-    return z
+def _tap(i: int, lead: int, tokens: int) -> tuple[slice, slice]:
+    """(outputs, padded inputs) that tap i joins: z_t takes padded_{t+lead-i}, for every t whose source exists."""
+    first = min(max(0, i - lead), tokens)
+    return slice(first, tokens), slice(first + lead - i if first < tokens else 0, tokens + lead - i if first < tokens else 0)

@@ -28,7 +28,9 @@ def clipped_hypergradient_scan(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`reference.hypergradient_scan` with `clip_every` 1 on checked inputs, computed and returned in `dtype`."""
-    result: tuple[Tensor, Tensor] = _ClippedHypergradientScan.apply(s, step, aware, log_decay, initial, box, dtype)
+    result: tuple[Tensor, Tensor] = _ClippedHypergradientScan.apply(  # type: ignore[no-untyped-call]
+        s, step, aware, log_decay, initial, box, dtype
+    )
     return result
 
 
@@ -60,7 +62,8 @@ class _ClippedHypergradientScan(torch.autograd.Function):
                 torch.clamp(raw[t + 1], *box, out=d)
             inside = (raw[1:] >= box[0]) & (raw[1:] <= box[1])
             raw[1:].clamp_(*box)
-        out = raw[:-1].unflatten(1, s.shape[::2][:1] + s.shape[2:3]).transpose(0, 1).contiguous()
+        batch, _, heads, K = s.shape
+        out = raw[:-1].view(length, batch, heads, K).transpose(0, 1).contiguous()
         ctx.save_for_backward(s, step, aware, log_decay, out, inside)
         ctx.initial_dtype = initial.dtype
         ctx.set_materialize_grads(False)
@@ -94,8 +97,8 @@ class _ClippedHypergradientScan(torch.autograd.Function):
 
 def _leading_time(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[B,T,H,K] -> [T,G,K]; [B,T,H] -> [T,G,1]."""
-    x = x.to(dtype).transpose(0, 1)
-    return x.reshape(*x.shape[:1], -1, x.shape[-1]) if x.ndim == 4 else x.reshape(len(x), -1, 1)
+    width = x.shape[-1] if x.ndim == 4 else 1
+    return x.to(dtype).transpose(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], width)
 
 
 def _time_first(s: Tensor, step: Tensor, aware: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
