@@ -14,11 +14,20 @@ class UserError(ValueError):
     """Input that cannot be used: a study, a card, a file, an argument. `str(error)` is written for the user."""
 
 
+_LONGEST = 100
+
+
+def shown(value: object) -> str:
+    """`repr(value)`, cut where a message would drown in it."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
 def nearest(word: object, options: Iterable[str]) -> str | None:
     """The option closest to `word`, or None when nothing is close enough to be a slip of the pen."""
     names = list(options)
     lowered = {name.lower(): name for name in names}
-    found = difflib.get_close_matches(str(word).lower(), list(lowered), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(str(word)[:_LONGEST].lower(), list(lowered), n=1, cutoff=0.5)
     return lowered[found[0]] if found else None
 
 
@@ -28,4 +37,4 @@ def unknown(kind: str, value: object, options: Iterable[str], path: str = "") ->
     close = nearest(value, names)
     meant = f" Did you mean {close!r}?" if close else ""
     where = f"{path}: " if path else ""
-    return UserError(f"{where}unknown {kind} {value!r}.{meant} Valid: {', '.join(names) or '(none)'}")
+    return UserError(f"{where}unknown {kind} {shown(value)}.{meant} Valid: {', '.join(names) or '(none)'}")

@@ -19,7 +19,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from .errors import UserError, unknown
+from .errors import UserError, shown, unknown
 
 T = TypeVar("T")
 _WORDS: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
@@ -45,12 +45,13 @@ def option(
 def build(cls: type[T], value: object, path: str, extra: tuple[str, ...] = ()) -> T:
     """An instance of the dataclass `cls` from the mapping `value`, found at `path` of the user's file.
 
-    `extra`: keys that the caller has taken out already and that an error should list as valid.
+    `extra`: keys that the caller has taken out already and that an error should list as valid. A `__post_init__` that finds two
+    fields in contradiction raises `UserError("field: ...")`; the path is put before it.
     """
     if isinstance(value, cls):
         return value
     if not isinstance(value, Mapping):
-        raise UserError(f"{path or 'study'}: expected a mapping of {', '.join(fields_of(cls))}, got {value!r}")
+        raise UserError(f"{path or 'study'}: expected a mapping of {', '.join(fields_of(cls))}, got {shown(value)}")
     known = fields_of(cls)
     for key in value:
         if key not in known:
@@ -59,7 +60,20 @@ def build(cls: type[T], value: object, path: str, extra: tuple[str, ...] = ()) -
         if name not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{join(path, name)}: missing. {field.metadata.get('help', '')}".rstrip())
     hints = typing.get_type_hints(cls)
-    return cls(**{str(key): _convert(given, hints[key], join(path, key), known[key].metadata) for key, given in value.items()})
+    converted = {str(key): _convert(given, hints[key], join(path, key), known[key].metadata) for key, given in value.items()}
+    try:
+        return cls(**converted)
+    except UserError as error:
+        raise UserError(join(path, error)) from error
+
+
+def check_ascending(name: str, pair: tuple[float, float], equal: bool = True) -> None:
+    """For `__post_init__`: `UserError` unless the field `name` is a range, its first number below (or `equal` to) the second."""
+    low, high = pair
+    if low > high or (low == high and not equal):
+        raise UserError(
+            f"{name}: [{low:g}, {high:g}] is empty; the first number must {'not be above' if equal else 'be below'} the second"
+        )
 
 
 def fields_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
@@ -112,29 +126,31 @@ def _convert(value: object, hint: Any, path: str, limits: Mapping[str, Any]) -> 
         return _sequence(value, origin, arguments, path, limits)
     if origin in (dict, Mapping) or hint in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise UserError(f"{path}: expected a mapping, got {value!r}")
+            raise UserError(f"{path}: expected a mapping, got {shown(value)}")
         return dict(value)
     return _scalar(value, hint, path, limits)
 
 
 def _sequence(value: object, origin: Any, arguments: tuple[Any, ...], path: str, limits: Mapping[str, Any]) -> Any:
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{path}: expected a list, got {value!r}")
+        raise UserError(f"{path}: expected a list, got {shown(value)}")
     if origin is tuple and Ellipsis not in arguments:
         if len(value) != len(arguments):
-            raise UserError(f"{path}: expected {len(arguments)} values, got {len(value)}: {list(value)!r}")
-        return tuple(_convert(one, hint, item(path, i), limits) for i, (one, hint) in enumerate(zip(value, arguments, strict=True)))
+            raise UserError(f"{path}: expected {len(arguments)} values, got {len(value)}: {shown(list(value))}")
+        return tuple(
+            _convert(one, hint, item(path, i), limits) for i, (one, hint) in enumerate(zip(value, arguments, strict=True))
+        )
     return origin(_convert(one, arguments[0], item(path, i), limits) for i, one in enumerate(value))
 
 
 def _scalar(value: object, hint: Any, path: str, limits: Mapping[str, Any]) -> Any:
     if hint is float and value in ("inf", "-inf") and not limits.get("finite", True):
-        value = float(typing.cast(str, value))
+        value = float(str(value))
     right = isinstance(value, hint) or (hint is float and isinstance(value, int))
     if not right or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{path}: {value!r} is not {_WORDS[hint]}{_range_words(limits)}")
+        raise UserError(f"{path}: {shown(value)} is not {_WORDS[hint]}{_range_words(limits)}")
     if hint is float:
-        value = float(typing.cast(float, value))
+        value = _float(typing.cast(float, value))
         if math.isnan(value) or (math.isinf(value) and limits.get("finite", True)):
             raise UserError(f"{path}: {value!r} is not a finite number{_range_words(limits)}")
     choices = limits.get("choices")
@@ -143,8 +159,16 @@ def _scalar(value: object, hint: Any, path: str, limits: Mapping[str, Any]) -> A
     for word, fails in _LIMITS.items():
         bound = limits.get(word)
         if bound is not None and isinstance(value, (int, float)) and fails(value, bound):
-            raise UserError(f"{path}: {value!r} is out of range{_range_words(limits)}")
+            raise UserError(f"{path}: {shown(value)} is out of range{_range_words(limits)}")
     return value
+
+
+def _float(value: float) -> float:
+    """As float(), but an integer beyond the range of floats is infinite, as a decimal number is."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 _LIMITS: dict[str, Any] = {

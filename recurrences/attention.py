@@ -20,12 +20,12 @@ from .spec import AttentionSpec
 
 
 def rotate(x: Tensor, start: int, base: float) -> Tensor:
-    """Rotary position embedding of x [B,H,T,K] whose first token stands at position `start`. An odd last channel is left alone."""
+    """Rotary position embedding of x [B,H,T,K] whose first token stands at `start`. An odd last channel is left alone."""
     half = x.shape[-1] // 2
     position = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)
     angle = position[:, None] * base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / max(half, 1))
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
 
 
@@ -56,7 +56,7 @@ class SoftmaxAttention(Mixer):
         )
 
     def state_bytes(self, tokens: int) -> int:
-        shape, element = self.shape, 4
+        shape, element = self.shape, self.in_proj.weight.dtype.itemsize
         conv = 0 if self.conv is None else (self.conv.size - 1) * self.conv.channels
         return element * (conv + tokens * shape.heads * (shape.key + shape.value))
 

@@ -67,7 +67,7 @@ class GateOutput(NamedTuple):
 
 
 class Step(NamedTuple):
-    """`key` [B,T,H,K]: the key that is read and written; `beta` [B,T,H] (None: 1); `value_gain` [B,T,H] multiplies v (None: 1)."""
+    """`key` [B,T,H,K]: the key that is read and written; `beta` [B,T,H] (None: 1); `value_gain` [B,T,H] times v (None: 1)."""
 
     key: Tensor
     beta: Tensor | None = None

@@ -46,7 +46,7 @@ class TokenForgetting(Forgetting):
 
     @dataclass(frozen=True)
     class Config:
-        bias: float = option(6.9, "initial b; sigmoid(6.9) = 0.999")
+        bias: float = option(6.9, "initial b; sigmoid(6.9) = 0.999", min=-100, max=100)
 
     def __init__(self, config: Any, shape: HeadShape) -> None:
         super().__init__(config, shape)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..strict import option
+from ..strict import check_ascending, option
 from .component import Gate, GateOutput, HeadShape, component
 from .layers import Projection
 
@@ -32,8 +32,12 @@ class NoGate(Gate):
 class DecayLaw:
     """Options of log a = -exp(A_log) softplus(z + dt_bias)."""
 
-    a_range: tuple[float, float] = option((0.0, 16.0), "A starts uniform in this range", min=0)
-    dt_range: tuple[float, float] = option((1e-3, 1e-1), "softplus(dt_bias) starts log-uniform in this range", above=0)
+    a_range: tuple[float, float] = option((0.0, 16.0), "A starts uniform in this range", min=0, max=1e6)
+    dt_range: tuple[float, float] = option((1e-3, 1e-1), "softplus(dt_bias) starts log-uniform in this range", above=0, max=1e3)
+
+    def __post_init__(self) -> None:
+        check_ascending("a_range", self.a_range)
+        check_ascending("dt_range", self.dt_range)
 
 
 def initialise_decay(a_log: Tensor, dt_bias: Tensor, law: DecayLaw, generator: torch.Generator) -> None:
@@ -73,13 +77,13 @@ class ScalarGate(Gate):
 class ChannelGate(Gate):
     """log a_t = -exp(A_log) softplus(W_up W_down x_t + dt_bias), one number per head and key channel.
 
-    A_log per head, dt_bias per channel, both starting as in `scalar`; the projection has rank `rank` (0: the key width of a head).
+    A_log per head, dt_bias per channel, both starting as in `scalar`; the projection has rank `rank` (0: a head's key width).
     Source: Kimi Delta Attention, arXiv 2510.26692.
     """
 
     @dataclass(frozen=True)
     class Config(DecayLaw):
-        rank: int = option(0, "rank of the gate's projection; 0: the key width of a head", min=0)
+        rank: int = option(0, "rank of the gate's projection; 0: the key width of a head", min=0, max=65536)
 
     def __init__(self, config: Any, shape: HeadShape) -> None:
         super().__init__(config, shape)
@@ -94,4 +98,5 @@ class ChannelGate(Gate):
 
     def forward(self, x: Tensor) -> GateOutput:
         dt = F.softplus(self.up(self.down(x)).to(self.dt_bias.dtype) + self.dt_bias)
-        return GateOutput(-self.A_log.exp().unsqueeze(-1) * dt.unflatten(-1, (self.shape.heads, self.shape.key)))
+        per_head = dt.view(*dt.shape[:-1], self.shape.heads, self.shape.key)
+        return GateOutput(-self.A_log.exp().unsqueeze(-1) * per_head)

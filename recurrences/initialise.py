@@ -1,9 +1,9 @@
 """One model-wide initialiser that cannot lose a component's initial value.
 
-Every module that owns parameters sets them itself, in `initialise(generator)`, and the generator's seed depends on the module's name
-and the trial's seed alone. So two arms of a study start from the same embeddings and projections wherever they share them, and
-a parameter that nobody initialises is an error rather than a random value. (In public code, both PDN's centre and OSDN's bias were
-overwritten by a model-wide initialiser.)
+Every module that owns parameters sets them itself, in `initialise(generator)`, and the generator's seed depends on the module's
+name and the trial's seed alone. So two arms of a study start from the same embeddings and projections wherever they share them,
+and a parameter that nobody initialises is an error rather than a random value. (In public code, both PDN's centre and OSDN's
+bias were overwritten by a model-wide initialiser.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int | None = None) -> None:
-    """Set every parameter of `model`. Seed None: drawn from torch's global generator. A model on the meta device is left alone."""
+    """Set every parameter of `model`. Seed None: drawn from torch's generator. A model on the meta device is left alone."""
     owners = {name: list(module.parameters(recurse=False)) for name, module in model.named_modules()}
     if any(parameter.is_meta for own in owners.values() for parameter in own):
         return

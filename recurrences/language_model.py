@@ -5,8 +5,9 @@ B batch, T time, D model width, N vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .component import Component
 from .initialise import initialise
-from .layers import Embedding, Projection, RMSNorm
+from .layers import PROJECTION_STD, Embedding, Projection, RMSNorm
 from .mixer import Mixer, MixerState
 from .spec import AttentionSpec, MixerSpec, RecurrenceSpec
 
@@ -33,7 +34,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        y: Tensor = self.down(F.silu(gate) * up)
+        return y
 
 
 class ModelBlock(nn.Module):
@@ -64,9 +66,11 @@ class LanguageModel(nn.Module):
         logits = model(tokens)
         logits, state = model(tokens, state=model.initial_state(batch))       # decoding: any number of tokens a call
 
-    `spec` is one spec for every layer, or a sequence of specs that is repeated down the layers (a hybrid pattern).
-    `mlp_ratio` is the MLP's hidden width / width (0: no MLP); `tied` shares embedding and head; `seed` fixes the initial parameters
-    by name, so that two models of one seed start equal wherever they share a layer. Further keywords go to the mixers' block.
+    `spec` is one spec for every layer, or a sequence of specs that is repeated down the layers (a hybrid pattern). `mlp_ratio`
+    is the MLP's hidden width / width (0: no MLP); `tied` shares embedding and head; `seed` fixes the initial parameters by name,
+    so that two models of one seed start equal wherever they share a layer; `init_std` is the standard deviation of the
+    projections (0.02 suits a width of about 1,000; a narrow model learns faster from 1/sqrt(width)). Further keywords go to the
+    mixers' block.
     """
 
     def __init__(
@@ -81,23 +85,30 @@ class LanguageModel(nn.Module):
         tied: bool = True,
         backend: str = "auto",
         seed: int | None = None,
+        init_std: float = PROJECTION_STD,
         **block: Any,
     ) -> None:
         super().__init__()
         for name, value in (("vocab", vocab), ("layers", layers)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}: {value!r} is not a positive integer")
-        pattern = [spec] if isinstance(spec, (RecurrenceSpec, AttentionSpec)) else list(spec)
+        if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float)) or not 0 <= mlp_ratio < math.inf:
+            raise UserError(f"mlp_ratio: {mlp_ratio!r} is not a number of at least 0")
+        pattern = (
+            [spec] if isinstance(spec, (RecurrenceSpec, AttentionSpec)) else list(spec) if isinstance(spec, Sequence) else []
+        )
         if not pattern:
-            raise UserError("spec: a pattern needs at least one recurrence")
+            raise UserError(f"spec: expected a recurrence, or a sequence of at least one, got {spec!r}")
+        mixers = [Mixer(pattern[i % len(pattern)], width, heads, backend, seed, **block) for i in range(layers)]
         self.vocab, self.width = vocab, width
         self.embedding = Embedding(vocab, width)
-        self.blocks = nn.ModuleList(
-            ModelBlock(Mixer(pattern[i % len(pattern)], width, heads, backend, seed, **block), width, round(mlp_ratio * width))
-            for i in range(layers)
-        )
+        self.blocks = nn.ModuleList(ModelBlock(mixer, width, round(mlp_ratio * width)) for mixer in mixers)
         self.norm = RMSNorm(width)
         self.head = None if tied else Projection(width, vocab)
+        for module in self.modules():
+            # A projection whose own standard deviation is part of its component's definition keeps it.
+            if isinstance(module, Projection) and module.std == PROJECTION_STD:
+                module.std = init_std
         initialise(self, seed)
 
     @overload
@@ -129,7 +140,7 @@ class LanguageModel(nn.Module):
     def scored_logits(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [n,N] and targets [n] at the n positions that are scored (target != -100).
 
-        The head is by far the widest product of a small model: a recall task scores a tenth of its positions, so the rest is skipped.
+        The head is by far the widest product of a small model: recall scores a tenth of its positions; the rest is skipped.
         """
         hidden, _ = self.hidden(tokens)
         scored = targets.flatten() != IGNORE
@@ -139,13 +150,16 @@ class LanguageModel(nn.Module):
         where = scored.nonzero().squeeze(-1)
         return self.logits(flat.index_select(0, where)), targets.flatten().index_select(0, where)
 
+    def _mixers(self) -> list[Mixer]:
+        return [cast(ModelBlock, block).mixer for block in self.blocks]
+
     def initial_state(self, batch: int) -> LanguageModelState:
         """The state before the first token."""
-        return [block.mixer.initial_state(batch) for block in self.blocks]
+        return [mixer.initial_state(batch) for mixer in self._mixers()]
 
     def state_bytes(self, tokens: int) -> int:
         """Bytes of the state of one sequence after `tokens` tokens, all layers."""
-        return sum(block.mixer.state_bytes(tokens) for block in self.blocks)
+        return sum(mixer.state_bytes(tokens) for mixer in self._mixers())
 
     def parameter_count(self) -> int:
         """Number of parameters, shared ones counted once."""
@@ -153,12 +167,13 @@ class LanguageModel(nn.Module):
 
     def backend(self, device: torch.device) -> str:
         """The kernel backends that serve the layers on `device`, joined by `+`."""
-        return "+".join(sorted({block.mixer.resolved_backend(device) for block in self.blocks}))
+        return "+".join(sorted({mixer.resolved_backend(device) for mixer in self._mixers()}))
 
     def decay_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(decayed, not decayed): only matrices of projections and convolutions are decayed; no component's parameter is."""
         components = {id(p) for module in self.modules() if isinstance(module, Component) for p in module.parameters()}
-        decayed, kept = [], []
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []
         for parameter in self.parameters():
             if parameter.requires_grad:
                 plain = parameter.ndim >= 2 and id(parameter) not in components and parameter is not self.embedding.weight

@@ -74,10 +74,20 @@ class ShortConvolution(nn.Module):
     def initial_state(self, batch: int, dtype: torch.dtype) -> Tensor:
         return self.weight.new_zeros(batch, self.size - 1, self.channels, dtype=dtype)
 
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [B,T,C] -> (y [B,T,C], the last size-1 inputs)."""
-        past = x.new_zeros(x.shape[0], self.size - 1, self.channels) if state is None else state.to(x.dtype)
-        return short_convolution(x, past, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [B,T,C] -> (y [B,T,C], the last size-1 inputs where a state was given)."""
+        weight = self.weight.to(x.dtype)
+        if state is None:
+            return short_convolution(x, weight), None
+        past = state.to(x.dtype)
+        return short_convolution(x, weight, past), torch.cat([past, x], dim=1)[:, x.shape[1] :]
+
+
+def feature_map(x: Tensor, name: str) -> Tensor:
+    """Queries or keys [...,K] as positive features: elu(x) + 1, or a softmax over K; `none` leaves them."""
+    if name == "elu1":
+        return F.elu(x) + 1
+    return x.softmax(-1) if name == "softmax" else x
 
 
 def l2_normalise(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..kernels import delta_rule, resolve_backend
 from ..strict import build, plain
 from .component import HeadShape
 from .initialise import initialise
-from .layers import Projection, RMSNorm, ShortConvolution, l2_normalise
+from .layers import Projection, RMSNorm, ShortConvolution, feature_map, l2_normalise
 from .spec import AttentionSpec, Block, MixerSpec, RecurrenceSpec
 
 
@@ -72,7 +72,9 @@ class Mixer(nn.Module):
                 raise UserError(f"spec: expected a RecurrenceSpec (registry.load('gdn')), got {type(spec).__name__}")
         return super().__new__(cls)
 
-    def __init__(self, spec: MixerSpec, width: int, heads: int, backend: str = "auto", seed: int | None = None, **block: Any) -> None:
+    def __init__(
+        self, spec: MixerSpec, width: int, heads: int, backend: str = "auto", seed: int | None = None, **block: Any
+    ) -> None:
         super().__init__()
         self.block: Block = build(Block, {**plain(spec.block), **block}, "block")
         self.shape = head_shape(width, heads, self.block)
@@ -108,10 +110,10 @@ def head_shape(width: int, heads: int, block: Block) -> HeadShape:
         nearest = min(valid, key=lambda n: abs(n - heads))
         raise UserError(f"heads: {heads} does not divide width {width}; nearest: {nearest} (or set block.head_width)")
     key = block.head_width or width // heads
-    value = key * block.expand_v
-    if value < 1 or value != int(value):
+    wanted = key * block.expand_v
+    if wanted < 1 or wanted != int(wanted):
         raise UserError(f"block.expand_v: {block.expand_v:g} times the key width {key} is not a whole number")
-    return HeadShape(width, heads, key, int(value))
+    return HeadShape(width, heads, key, int(wanted))
 
 
 class RecurrentMixer(Mixer):
@@ -146,10 +148,11 @@ class RecurrentMixer(Mixer):
         )
 
     def state_bytes(self, tokens: int) -> int:
-        shape, element = self.shape, 4
+        shape, weight = self.shape, self.in_proj.weight
         conv = 0 if self.conv is None else (self.conv.size - 1) * self.conv.channels
         statistic = 0 if self.preconditioner.initial_statistic(1) is None else shape.heads * shape.key
-        return element * (conv + shape.heads * shape.key * shape.value + statistic)
+        wide = torch.promote_types(weight.dtype, torch.float32).itemsize
+        return weight.dtype.itemsize * conv + wide * (shape.heads * shape.key * shape.value + statistic)
 
     def forward(self, x: Tensor, state: MixerState | None = None) -> Any:
         conv_state = state.conv if state is not None else None
@@ -158,13 +161,11 @@ class RecurrentMixer(Mixer):
         step = self.step_size(x, k, gate)
         statistic = self.preconditioner.initial_statistic(x.shape[0]) if state is None else state.statistic
         write, statistic = self._write_key(x, step, statistic)
-        if step.value_gain is not None:
-            v = v * step.value_gain.unsqueeze(-1)
         o, memory = delta_rule(
             q,
             step.key if self.spec.erase == "delta" else None,
             write,
-            v,
+            v if step.value_gain is None else v * step.value_gain.unsqueeze(-1),
             gate.log_decay,
             initial_state=None if state is None else state.memory,
             erase=self.spec.erase == "delta",
@@ -183,6 +184,7 @@ class RecurrentMixer(Mixer):
         mixed = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
         q, k, v = (part.unflatten(-1, (self.shape.heads, -1)) for part in mixed.split(self.sizes, dim=-1))
         qk = self.spec.qk
+        q, k = feature_map(q, qk.feature_map), feature_map(k, qk.feature_map)
         q = l2_normalise(q) if qk.normalise_q == "l2" else q
         k = l2_normalise(k) if qk.normalise_k == "l2" else k
         return q, k, v, conv_state
@@ -205,7 +207,8 @@ class RecurrentMixer(Mixer):
         if self.gate_proj is not None:
             gate = self.gate_proj(x)
             o = o * (F.silu(gate) if self.block.output_gate == "silu" else torch.sigmoid(gate))
-        return self.out_proj(o.to(x.dtype))
+        y: Tensor = self.out_proj(o.to(x.dtype))
+        return y
 
 
 class _Skip(nn.Module):

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..strict import option
+from ..strict import check_ascending, option
 from .component import GateOutput, HeadShape, Step, StepSize, component
 from .layers import Projection
 
@@ -39,6 +38,16 @@ class TimeStep(StepSize):
         return Step(key, gate.dt)
 
 
+@dataclass(frozen=True)
+class _Range:
+    """Options of a learned step."""
+
+    range: tuple[float, float] = option((0.0, 1.0), "smallest and largest step", min=0, max=2)
+
+    def __post_init__(self) -> None:
+        check_ascending("range", self.range, equal=False)
+
+
 class _Learned(StepSize):
     """beta_t = low + (high - low) sigmoid(W x_t + b)."""
 
@@ -46,14 +55,13 @@ class _Learned(StepSize):
 
     def __init__(self, config: Any, shape: HeadShape) -> None:
         super().__init__(config, shape)
-        low, high = config.range
-        if not low < high:
-            raise UserError(f"step_size.range: [{low:g}, {high:g}] is empty; the first number must be below the second")
         self.proj = Projection(shape.width, shape.heads, bias=self.bias)
 
     def step(self, x: Tensor) -> Tensor:
         low, high = self.config.range
-        return low + (high - low) * torch.sigmoid(self.proj(x).float() if x.dtype != torch.float64 else self.proj(x))
+        raw = self.proj(x)
+        beta: Tensor = low + (high - low) * torch.sigmoid(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        return beta
 
 
 @component("step_size", "sigmoid")
@@ -65,8 +73,8 @@ class Sigmoid(_Learned):
     """
 
     @dataclass(frozen=True)
-    class Config:
-        range: tuple[float, float] = option((0.0, 1.0), "smallest and largest step", min=0, max=2)
+    class Config(_Range):
+        """The range alone."""
 
     def forward(self, x: Tensor, key: Tensor, gate: GateOutput) -> Step:
         return Step(key, self.step(x))
@@ -76,18 +84,17 @@ class Sigmoid(_Learned):
 class Kaczmarz(_Learned):
     """w_t = eta_t k_t / (|k_t|^2 + eps), eta_t = low + (high - low) sigmoid(W x_t + b): the step that is right for RAW keys.
 
-    Computed without ever dividing by a key: with n = sqrt(|k|^2 + eps), the step equals the delta rule with key k/n, value v/n and
-    step eta, term by term. Raw keys in the chunk form would make its triangular matrix ill-conditioned; these have norm <= 1.
-    Starts at the middle of `range` (b = 0); (0, 2) is over-relaxation. Source: Kaczmarz Linear Attention, arXiv 2605.08587.
+    Computed without ever dividing by a key: with n = sqrt(|k|^2 + eps), the step equals the delta rule with key k/n, value v/n
+    and step eta, term by term. Raw keys in the chunk form would make its triangular matrix ill-conditioned; these have norm <=
+    1. Starts at the middle of `range` (b = 0); (0, 2) is over-relaxation. Source: Kaczmarz Linear Attention, arXiv 2605.08587.
     """
 
     unit_keys = True
     bias = True
 
     @dataclass(frozen=True)
-    class Config:
-        range: tuple[float, float] = option((0.0, 1.0), "smallest and largest eta", min=0, max=2)
-        eps: float = option(1e-6, "added to |k|^2", above=0)
+    class Config(_Range):
+        eps: float = option(1e-6, "added to |k|^2", above=0, max=1)
 
     def forward(self, x: Tensor, key: Tensor, gate: GateOutput) -> Step:
         inverse = torch.rsqrt(key.square().sum(-1) + self.config.eps)

@@ -10,17 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from .. import yaml_file
-from ..errors import UserError, unknown
-from ..recurrences import MixerSpec, RecurrenceSpec, spec_from_mapping
+from ..errors import UserError, shown, unknown
+from ..recurrences import AXES, AttentionSpec, MixerSpec, RecurrenceSpec, spec_from_mapping
 from ..strict import join
 
 _SUFFIXES = (".yaml", ".yml")
 
 
-@functools.cache
 def names() -> list[str]:
     """The shipped cards, sorted."""
-    return sorted(file.name.removesuffix(".yaml") for file in resources.files(f"{__package__}.cards").iterdir() if file.name.endswith(".yaml"))
+    return list(_shipped())
+
+
+@functools.cache
+def _shipped() -> tuple[str, ...]:
+    return tuple(
+        sorted(
+            file.name.removesuffix(".yaml")
+            for file in resources.files(f"{__package__}.cards").iterdir()
+            if file.name.endswith(".yaml")
+        )
+    )
 
 
 def load(card: str | os.PathLike[str] | Mapping[str, Any] | MixerSpec, path: str = "recurrence") -> MixerSpec:
@@ -35,12 +45,19 @@ def load(card: str | os.PathLike[str] | Mapping[str, Any] | MixerSpec, path: str
             content = _override(read_card(base, join(path, "card")), content)
         elif "name" not in content:
             raise UserError(f"{path}: expected `card: NAME` (with axes to turn) or a whole card with its own `name`")
+        elif content["name"] in names() and "source" not in content:
+            # What it does not choose would be DeltaNet's, under another's name.
+            name = content["name"]
+            raise UserError(
+                f"{join(path, 'name')}: {name!r} is a shipped recurrence; write `card: {name}` "
+                "(a card of your own gives its `source`)"
+            )
         return spec_from_mapping(content, path)
     if isinstance(card, (str, os.PathLike)):
         return spec_from_mapping(read_card(card, path), path)
-    if hasattr(card, "effective"):
+    if isinstance(card, (RecurrenceSpec, AttentionSpec)):
         return card
-    raise UserError(f"{path}: expected a card's name, a YAML file or a mapping, got {card!r}")
+    raise UserError(f"{path}: expected a card's name, a YAML file or a mapping, got {shown(card)}")
 
 
 def read_card(card: object, path: str = "recurrence") -> dict[str, Any]:
@@ -51,7 +68,8 @@ def read_card(card: object, path: str = "recurrence") -> dict[str, Any]:
         raise unknown("recurrence", card, names(), path)
     text = (resources.files(f"{__package__}.cards") / f"{card}.yaml").read_text(encoding="utf-8")
     content = yaml_file.parse(text, f"card {card}")
-    assert isinstance(content, dict) and content.get("name") == card, f"card {card}: its name is not its file's name"
+    assert isinstance(content, dict), f"card {card}: no mapping"
+    assert content.get("name") == card, f"card {card}: its name is not its file's name"
     return content
 
 
@@ -62,15 +80,29 @@ def _read_file(file: Path, path: str) -> dict[str, Any]:
     for required in ("name", "equation", "source"):
         if not isinstance(content.get(required), str) or not content[required].strip():
             raise UserError(f"{path}: the card {str(file)!r} does not say its `{required}`")
+    try:
+        spec_from_mapping(content, "")
+    except UserError as error:
+        raise UserError(f"{path}: in the card {str(file)!r}, {error}") from error
     return content
 
 
 def _override(card: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The card with axes replaced; `qk` and `block` are merged key by key, since each key is a setting of its own."""
+    """The card with axes turned: a component named anew replaces the card's, options without a name change those of the card's.
+
+    `qk` and `block` are merged key by key, since each key is a setting of its own.
+    """
     merged = dict(card)
     for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(card.get(key), Mapping)
-        merged[key] = {**card[key], **value} if key in ("qk", "block") and both else value
+        held: Any = card.get(key)
+        if key in AXES and isinstance(held, str):
+            held = {"name": held}
+        keeps = (
+            isinstance(value, Mapping)
+            and isinstance(held, Mapping)
+            and (key in ("qk", "block") or (key in AXES and "name" not in value))
+        )
+        merged[key] = {**held, **value} if keeps else value
     return merged
 
 

@@ -93,7 +93,9 @@ def _flat(found: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"mean": found["mean"], "std": found["std"], "ci": None if found["low"] is None else [found["low"], found["high"]]}
 
 
-def compare(ledger: Ledger, study: str, metric: str | None = None, baseline: str | None = None, launch: int | None = None) -> Comparison:
+def compare(
+    ledger: Ledger, study: str, metric: str | None = None, baseline: str | None = None, launch: int | None = None
+) -> Comparison:
     """Compare the arms of a launch (the latest), over every seed that the study has run for these very arms.
 
     A trial belongs to an arm when their configurations are equal but for the seed: seeds of earlier launches count, trials with
@@ -105,12 +107,15 @@ def compare(ledger: Ledger, study: str, metric: str | None = None, baseline: str
     rows = ledger.trials(study, arm_hashes=wanted)
     numbers = ledger.measurements([row.id for row in rows])
     tables = []
+    names: dict[str, str] = {}
     for part in chosen.config["parts"]:
         members = [row for row in rows if row.part == part["name"]]
-        if members:
-            name = _metric(metric, part["metric"], members, numbers)
-            if name:
-                tables.append(_table(part, members, numbers, name, baseline, planned))
+        # The ledger keeps a trial under the arm's first name; where a later launch renames the arm, that launch's name counts.
+        hashes = list(dict.fromkeys(row.arm_hash for row in planned if row.part == part["name"]))
+        names |= dict(zip(hashes, part["arms"], strict=True))
+        name = _metric(metric, part["metric"], members, numbers)
+        if members and name:
+            tables.append(_table(part, members, numbers, name, baseline, names))
     if not tables:
         measured = {name for row in rows for name in numbers[row.id]}
         if metric and measured:
@@ -118,7 +123,9 @@ def compare(ledger: Ledger, study: str, metric: str | None = None, baseline: str
         raise UserError(f"study {study!r} has no parts to compare")
     _check_baseline(baseline, tables)
     failures = tuple(
-        Failure(row.part, row.arm, row.seed, row.status, (row.error or "").strip()) for row in rows if row.status in ("failed", "diverged")
+        Failure(row.part, names[row.arm_hash], row.seed, row.status, (row.error or "").strip())
+        for row in rows
+        if row.status in ("failed", "diverged")
     )
     return Comparison(study, chosen.id, tuple(tables), failures, tuple(chosen.config.get("notes", ())))
 
@@ -135,7 +142,9 @@ def _launch(ledger: Ledger, study: str, launch: int | None) -> LaunchRow:
     raise UserError(f"--launch: study {study!r} has no launch {launch}; it has {', '.join(str(row.id) for row in launches)}")
 
 
-def _metric(asked: str | None, default: str, rows: Iterable[TrialRow], numbers: Mapping[int, Mapping[str, float | None]]) -> str | None:
+def _metric(
+    asked: str | None, default: str, rows: Iterable[TrialRow], numbers: Mapping[int, Mapping[str, float | None]]
+) -> str | None:
     """The measurement to show for a part, or None where a metric was asked for that the part does not have."""
     if asked is None:
         return default
@@ -149,12 +158,10 @@ def _table(
     numbers: Mapping[int, Mapping[str, float | None]],
     metric: str,
     baseline: str | None,
-    planned: Sequence[TrialRow],
+    names: Mapping[str, str],
 ) -> PartTable:
     task, version = _one_version(part["name"], rows)
-    # An arm that was renamed between launches keeps its configuration: the latest launch's name counts.
-    names = {row.arm_hash: row.arm for row in planned if row.part == part["name"]}
-    arms = list(dict.fromkeys(names[row.arm_hash] for row in planned if row.part == part["name"]))
+    arms: list[str] = part["arms"]
     base = baseline if baseline in arms else part["baseline"]
     values: dict[str, dict[int, float]] = {arm: {} for arm in arms}
     members: dict[str, list[TrialRow]] = {arm: [] for arm in arms}
@@ -212,8 +219,8 @@ def _one_version(part: str, rows: Sequence[TrialRow]) -> tuple[str, int]:
             where = f"part {part!r}: " if part else ""
             listed = " and ".join(str(version) for version in sorted(found))
             raise UserError(
-                f"{where}the trials hold versions {listed} of the task {task!r}; its generator changed in between, so their numbers cannot "
-                "be compared. Run the study again: only trials of the old version are repeated"
+                f"{where}the trials hold versions {listed} of the task {task!r}; its generator changed in between, so their "
+                "numbers cannot be compared. Run the study again: only trials of the old version are repeated"
             )
     task = " + ".join(sorted(versions))
     return task, max(next(iter(found)) for found in versions.values())

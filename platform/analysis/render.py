@@ -5,18 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..study import MEASURES
 from .comparison import ArmRow, Comparison, PartTable
 from .statistics import Estimate
 
 FORMATS = ("table", "json", "csv", "markdown", "latex")
+# Two spaces between columns and none at the edges: seven columns with a name of 17 letters fit on 80.
+_TIGHT: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
 _HEADERS = ("arm", "n", "{metric}", "difference", "p", "tokens/s", "ratio")
 
 
@@ -26,19 +31,20 @@ def render(comparison: Comparison, form: str) -> str:
         return json.dumps(comparison.to_dict(), indent=2, allow_nan=False)
     if form == "csv":
         return _csv(comparison)
-    return "\n\n".join([*(_markup(part, form) for part in comparison.parts), *_footer(comparison)])
+    footer = [f"% {line}" if form == "latex" else _markdown(line) for line in _footer(comparison)]
+    return "\n\n".join([*(_markup(part, form) for part in comparison.parts), ("\n" if form == "latex" else "\n\n").join(footer)])
 
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print the comparison as tables, with the failures and the notes below."""
-    console.print(Group(*_renderables(comparison)))
+    console.print(Group(*_renderables(comparison)), highlight=False)
 
 
 def _renderables(comparison: Comparison) -> Iterator[RenderableType]:
     for part in comparison.parts:
         headers = _headers(part)
         title = f"{comparison.study}{'/' + part.part if part.part else ''}: {part.metric} on {part.task} v{part.task_version}"
-        table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
+        table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", **_TIGHT)
         for i, header in enumerate(headers):
             table.add_column(escape(header), justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0)
         best = _best(part)
@@ -50,7 +56,7 @@ def _renderables(comparison: Comparison) -> Iterator[RenderableType]:
         yield table
         yield ""
     for line in _footer(comparison):
-        yield escape(line)
+        yield Text(line)
 
 
 def _headers(part: PartTable) -> list[str]:
@@ -101,8 +107,9 @@ def _interval(found: Estimate | None, form: str) -> str:
 
 def _footer(comparison: Comparison) -> Iterator[str]:
     yield (
-        f"±: 95 % confidence interval, {comparison.ci['method']} (n). Differences are paired by seed; p: paired t test, Holm-corrected over "
-        f"the table. tokens/s: training, median over seeds; ratio: to the baseline. Launch {comparison.launch}."
+        f"±: 95 % confidence interval, {comparison.ci['method']} (n). Differences are paired by seed; p: paired t test, "
+        "Holm-corrected over the table. tokens/s: training, median over seeds; ratio: to the baseline. "
+        f"Launch {comparison.launch}."
     )
     for failure in comparison.failures:
         where = f"{failure.part}/{failure.arm}".removeprefix("/")
@@ -118,29 +125,57 @@ def _last_line(error: str) -> str:
 def _markup(part: PartTable, form: str) -> str:
     headers, rows = _headers(part), [_cells(row, part) for row in part.arms]
     if form == "markdown":
-        lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in [headers, ["---"] + ["---:"] * (len(headers) - 1), *rows]]
-        return f"**{part.part or part.task}**: {part.metric}, task {part.task} v{part.task_version}\n\n" + "\n".join(f"| {line} |" for line in lines)
-    body = "\n".join(" & ".join(_latex(cell) for cell in row) + r" \\" for row in rows)
-    head = " & ".join(_latex(header) for header in headers) + r" \\"
-    return f"% {part.part} {part.metric}\n\\begin{{tabular}}{{l{'r' * (len(headers) - 1)}}}\n\\toprule\n{head}\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}"
+        rule = ["---"] + ["---:"] * (len(headers) - 1)
+        lines = [" | ".join(cell if row is rule else _markdown(cell) for cell in row) for row in (headers, rule, *rows)]
+        title = f"**{_markdown(part.part or part.task)}**: {part.metric}, task {part.task} v{part.task_version}"
+        return f"{title}\n\n" + "\n".join(f"| {line} |" for line in lines)
+    return "\n".join(
+        [
+            f"% {part.part} {part.metric}, task {part.task} v{part.task_version}",
+            rf"\begin{{tabular}}{{l{'r' * (len(headers) - 1)}}}",
+            r"\toprule",
+            " & ".join(_latex(header) for header in headers) + r" \\",
+            r"\midrule",
+            *(" & ".join(_latex(cell) for cell in row) + r" \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
 
 
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"}
-_LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
+def _markdown(text: str) -> str:
+    """Text that Markdown shows as it is: no cell ends early, nothing becomes emphasis, a link or HTML."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+    "\n": " ",
+}
 
 
 def _latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
+_CSV = (
+    *("study", "part", "task", "task_version", "metric", "arm", "recurrence"),
+    *("n", "mean", "std", "ci_low", "ci_high"),
+    *("difference", "difference_ci_low", "difference_ci_high", "p", "p_holm"),
+    *("train_tokens_per_second", "ratio_to_baseline", "parameters", "state_bytes"),
+)
+
+
 def _csv(comparison: Comparison) -> str:
     """One row per arm; numbers in full precision, empty where there is none."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ("study part task task_version metric arm recurrence n mean std ci_low ci_high difference difference_ci_low "
-        "difference_ci_high p p_holm train_tokens_per_second ratio_to_baseline parameters state_bytes").split()
-    )  # fmt: skip
+    writer.writerow(_CSV)
     for part in comparison.parts:
         for row in part.arms:
             value, difference = row.value, row.difference

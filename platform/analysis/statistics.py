@@ -26,7 +26,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Arm minus baseline over the seeds that both have; `p` is the paired t test's, `p_holm` corrected for all arms of the table."""
+    """Arm minus baseline over the seeds that both have; `p` is the paired t test's, `p_holm` corrected for the table's arms."""
 
     estimate: Estimate
     p: float | None
@@ -47,7 +47,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def paired_difference(arm: dict[int, float], baseline: dict[int, float]) -> Difference | None:
-    """seed -> value of two arms: mean difference over shared seeds. Data order and shared parameters are equal per seed, so pairs are."""
+    """seed -> value of two arms: the mean difference over shared seeds, whose data order and shared parameters are equal."""
     shared = sorted(arm.keys() & baseline.keys())
     found = estimate([arm[seed] - baseline[seed] for seed in shared])
     if found is None:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...errors import unknown
-from .main import console
+from .app import console
 
 KINDS = ("recurrences", "components", "tasks", "studies")
 
@@ -23,7 +23,9 @@ def register(app: typer.Typer) -> None:
 
 
 def list_things(
-    kind: Annotated[str | None, typer.Argument(metavar="[recurrences|components|tasks|studies]", help="What to list; default: all.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[recurrences|components|tasks|studies]", help="What to list; default: all.")
+    ] = None,
 ) -> None:
     """List recurrences, components, tasks and studies.
 
@@ -48,12 +50,16 @@ def _recurrences() -> list[tuple[str, ...]]:
     from ... import registry
     from ...recurrences import RecurrenceSpec
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in registry.names():
         spec = registry.load(name)
-        chosen = ", ".join(f"{axis} {choice.name}" for axis, choice in spec.choices().items() if choice.name != "none") if isinstance(
-            spec, RecurrenceSpec) else "no recurrence"  # fmt: skip
-        rows.append((name, spec.about.title, chosen + (", no erase" if getattr(spec, "erase", "") == "none" else "")))
+        words = ["no recurrence"]
+        if isinstance(spec, RecurrenceSpec):
+            words = [
+                f"{axis.replace('_', ' ')} {choice.name}" for axis, choice in spec.choices().items() if choice.name != "none"
+            ]
+            words += ["no erase"] if spec.erase == "none" else []
+        rows.append((name, spec.about.title, ", ".join(words)))
     return rows
 
 
@@ -121,9 +127,9 @@ def _describe_card(name: str, out: Console) -> None:
     from ...recurrences import LanguageModel, RecurrenceSpec
 
     spec = registry.load(name)
-    out.print(f"[bold]{escape(spec.name)}[/]  {escape(spec.about.title)}   [dim]{escape(spec.about.source)}[/]\n", highlight=False)
+    out.print(f"[bold]{escape(spec.name)}[/]  {escape(spec.about.title)}   [dim]{escape(spec.about.source)}[/]\n")
     for line in spec.about.equation.strip().splitlines():
-        out.print(f"    {escape(line)}", highlight=False)
+        out.print(f"    {escape(line)}")
     out.print()
     if isinstance(spec, RecurrenceSpec):
         table = Table(show_header=False, box=None, padding=(0, 2))
@@ -134,38 +140,39 @@ def _describe_card(name: str, out: Console) -> None:
         out.print(table)
     model = LanguageModel(spec, vocab=256, width=64, layers=2, heads=2, seed=0)
     out.print(f"\n2 layers, width 64, 2 heads, 256 tokens of vocabulary: {model.parameter_count():,} parameters, "
-              f"{model.state_bytes(1024):,} bytes of state after 1,024 tokens", highlight=False)  # fmt: skip
+              f"{model.state_bytes(1024):,} bytes of state after 1,024 tokens")  # fmt: skip
     for caveat in spec.about.caveats:
-        out.print(f"\n[yellow]caveat[/] {escape(caveat)}", highlight=False)
+        out.print(f"\n[yellow]caveat[/] {escape(caveat)}")
 
 
 def _describe_component(cls: Any, out: Console) -> None:
-    out.print(f"[bold]{cls.name}[/]  ({cls.axis.replace('_', ' ')})", highlight=False)
-    out.print(f"\n    {escape(cls.equation())}\n", highlight=False)
+    out.print(f"[bold]{cls.name}[/]  ({cls.axis.replace('_', ' ')})")
+    out.print(f"\n    {escape(cls.equation())}\n")
     rest = [line.strip() for line in (cls.__doc__ or "").strip().splitlines()[1:]]
-    out.print(escape("\n".join(rest).strip()) or "", highlight=False)
+    out.print(escape("\n".join(rest).strip()) or "")
     _options(cls.Config, out)
 
 
 def _describe_task(cls: Any, out: Console) -> None:
-    out.print(f"[bold]{cls.name}[/] v{cls.version}  {escape(cls.summary)}\n", highlight=False)
+    out.print(f"[bold]{cls.name}[/] v{cls.version}  {escape(cls.summary)}\n")
     _options(cls.Config, out)
     for preset, values in cls.presets.items():
-        out.print(f"preset [bold]{preset}[/]: {', '.join(f'{key} {value}' for key, value in values.items())}", highlight=False)
+        out.print(f"preset [bold]{preset}[/]: {', '.join(f'{key} {value}' for key, value in values.items())}")
 
 
 def _describe_study(name: str, out: Console) -> None:
     from ..config import load_study
 
     study = load_study(name)
-    out.print(f"[bold]{name}[/]  {escape(study.description)}\n", highlight=False)
+    out.print(f"[bold]{name}[/]  {escape(study.description)}\n")
     for part in study.parts:
-        out.print(f"[bold]{part.name or name}[/]: seeds {list(part.seeds)}", highlight=False)
+        out.print(f"[bold]{part.name or name}[/]: seeds {list(part.seeds)}")
         for axis, values in part.axes.items():
-            out.print(f"  {axis}: {escape(', '.join(map(str, values)))}", highlight=False)
+            out.print(f"  {axis}: {escape(', '.join(map(str, values)))}")
         for section, content in part.base.items():
             if content:
-                out.print(f"  {section}: {escape(', '.join(f'{key} {value}' for key, value in content.items()))}", highlight=False)
+                settings = ", ".join(f"{key} {value}" for key, value in content.items())
+                out.print(f"  {section}: {escape(settings)}")
 
 
 def _options(config: Any, out: Console) -> None:

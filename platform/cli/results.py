@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from ...errors import unknown
-from .main import Root, console
+from ..config import DataRoot
+from .app import Root, console
+
+COLOURS = {"finished": "green", "failed": "red", "diverged": "yellow", "running": "cyan"}
 
 
 def register(app: typer.Typer) -> None:
@@ -32,8 +36,12 @@ def study_name(study: str) -> str:
 def compare(
     study: Annotated[str, typer.Argument(help="A study's name, or its YAML file.")],
     format: Annotated[str, typer.Option("--format", help="table, json, csv, markdown or latex.")] = "table",
-    metric: Annotated[str | None, typer.Option("--metric", help="Measurement to compare; default: the task's own.")] = None,
-    baseline: Annotated[str | None, typer.Option("--baseline", metavar="ARM", help="Arm to compare with; default: the study's.")] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", metavar="NAME", help="Measurement to compare; default: the task's own.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="ARM", help="Arm to compare with; default: the study's.")
+    ] = None,
     launch: Annotated[int | None, typer.Option("--launch", help="Compare the arms of an earlier launch.")] = None,
     root: Root = None,
 ) -> None:
@@ -51,7 +59,6 @@ def compare(
     """
     from ..analysis import FORMATS, render, show
     from ..analysis import compare as compare_arms
-    from ..config import DataRoot
     from ..tracking import Ledger
 
     if format not in FORMATS:
@@ -74,28 +81,33 @@ def status(
 
       deltalab status quick
     """
-    from ..config import DataRoot
     from ..tracking import Ledger
 
-    name = study_name(study)
-    with Ledger.open(DataRoot.find(root).ledger, create=False) as ledger:
+    name, place = study_name(study), DataRoot.find(root)
+    with Ledger.open(place.ledger, create=False) as ledger:
         launch = ledger.latest_launch(name)
         if launch is None:
             raise unknown("study", name, [row.study for row in ledger.studies()])
         rows = ledger.trials(name, launch_id=launch.id)
     out = console()
-    counts = Counter(row.status for row in rows)
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("trial", "status", "step", "attempts", "backend", "hash"):
-        table.add_column(column)
-    colours = {"finished": "green", "failed": "red", "diverged": "yellow", "running": "cyan"}
+        table.add_column(column, overflow="fold", no_wrap=column not in ("trial", "status"))
     for row in rows:
         label = f"{row.part}/{row.arm} seed {row.seed}".removeprefix("/")
         words = row.status + (f": {row.error.strip().splitlines()[-1]}" if row.error and row.error.strip() else "")
-        colour = colours.get(row.status, "dim")
-        table.add_row(
-            escape(label), f"[{colour}]{escape(words)}[/]", f"{row.step}/{row.total_steps}", str(row.attempts), row.backend or "", row.hash
-        )
+        status_cell = f"[{COLOURS.get(row.status, 'dim')}]{escape(words)}[/]"
+        step = f"{row.step}/{row.total_steps}"
+        table.add_row(escape(label), status_cell, step, str(row.attempts), row.backend or "", row.hash)
     out.print(table)
+    counts = Counter(row.status for row in rows)
     listed = ", ".join(f"{count} {word}" for word, count in counts.items())
-    out.print(f"launch {launch.id} ({launch.status}), {launch.created_at:%Y-%m-%d %H:%M} UTC: {len(rows)} trials, {listed}", highlight=False)
+    out.print(f"\nlaunch {launch.id} ({launch.status}), {launch.created_at:%Y-%m-%d %H:%M} UTC: {len(rows)} trials, {listed}")
+    if launch.status == "running" and _was_killed(name, place):
+        out.print(f"Its process is gone; `deltalab run {escape(study)}` goes on where it stopped.")
+
+
+def _was_killed(study: str, place: DataRoot) -> bool:
+    from ..scheduling.lock import is_running  # imports torch: only where the question comes up
+
+    return not is_running(study, place)

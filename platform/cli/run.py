@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from .main import Root, console
+from ...errors import UserError
+from ..config import DataRoot, Study
+from .app import Root, console
+
+if TYPE_CHECKING:
+    from ..tracking import TrialStatus
+
+STATUSES: tuple[TrialStatus, ...] = ("finished", "diverged", "failed", "running", "pending")
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +30,9 @@ def register(app: typer.Typer) -> None:
 
 def run(
     study: Annotated[str, typer.Argument(help="A shipped study's name, or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the study's.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the study's.")
+    ] = None,
     root: Root = None,
 ) -> None:
     """Run what remains of a study, then compare its arms.
@@ -33,17 +43,19 @@ def run(
 
       deltalab run quick
 
-      deltalab run quick seeds=5                         five seeds; the ones that ran are kept
+      deltalab run quick seeds=5                       those that ran are kept
 
-      deltalab run quick 'axes.recurrence=[gdn,kda]'     other arms, in every part of the study
+      deltalab run quick 'axes.recurrence=[gdn,kda]'   other arms, in every part
 
       deltalab run my.yaml training.steps=1000 model.width=128
 
-      deltalab run my.yaml parts.text.base.training.steps=50 resources.cpus_per_trial=2
+      deltalab run my.yaml parts.text.base.training.steps=50
+
+      deltalab run my.yaml resources.cpus_per_trial=2
 
     Exit codes: 0 done, 1 some trials failed, 2 the input was wrong, 130 interrupted.
     """
-    from ..config import DataRoot, load_study
+    from ..config import load_study
     from ..scheduling import launch_study
     from ..scheduling.display import duration
 
@@ -52,28 +64,25 @@ def run(
     with _preparation(out) as progress:
         summary = launch_study(loaded, place, out, shlex.join(["deltalab", *sys.argv[1:]]), progress)
     counts = summary.counts
-    words = ", ".join(f"{counts[status]} {status}" for status in ("finished", "diverged", "failed", "running", "pending") if counts[status])
+    words = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
     if summary.interrupted:
-        out.print(f"Interrupted after {duration(summary.seconds)}: {words}. Nothing is lost; the same command goes on.", highlight=False)
+        out.print(f"Interrupted after {duration(summary.seconds)}: {words}. Nothing is lost; the same command goes on.")
         raise typer.Exit(summary.exit_code)
-    did = f"{summary.ran} trials ran in {duration(summary.seconds)}" if summary.ran else "nothing left to run"
-    out.print(f"Study [bold]{loaded.name}[/]: {words}; {did}.\n", highlight=False)
+    did = f"{_trials(summary.ran)} ran in {duration(summary.seconds)}" if summary.ran else "nothing left to run"
+    out.print(f"Study [bold]{loaded.name}[/]: {words}; {did}.\n")
     _show(loaded.name, place, out)
-    option = f" --root {shlex.quote(root)}" if root else ""
-    out.print("\nNext:", highlight=False)
-    out.print(f"  deltalab compare {loaded.name} --format markdown{option}", highlight=False, soft_wrap=True)
-    out.print(f"  deltalab ui{option}                       the same runs in the MLflow UI", highlight=False, soft_wrap=True)
-    out.print(f"  deltalab run {study} seeds=5{option}        more seeds, narrower intervals", highlight=False, soft_wrap=True)
+    _suggest(study, loaded, root, out)
     raise typer.Exit(summary.exit_code)
 
 
-def _show(study: str, place: object, out: Console) -> None:
-    from ...errors import UserError
+def _trials(count: int) -> str:
+    return "1 trial" if count == 1 else f"{count} trials"
+
+
+def _show(study: str, place: DataRoot, out: Console) -> None:
     from ..analysis import compare, show
-    from ..config import DataRoot
     from ..tracking import Ledger
 
-    assert isinstance(place, DataRoot)
     with Ledger.open(place.ledger, create=False) as ledger:
         try:
             show(compare(ledger, study), out)
@@ -81,18 +90,32 @@ def _show(study: str, place: object, out: Console) -> None:
             out.print(str(error), markup=False)
 
 
+def _suggest(given: str, study: Study, root: str | None, out: Console) -> None:
+    """What to type next, in full."""
+    where = f" --root {shlex.quote(root)}" if root else ""
+    seeds = max(len(part.seeds) for part in study.parts)
+    commands = {
+        f"deltalab compare {study.name} --format markdown{where}": "the table for a paper or an issue",
+        f"deltalab ui{where}": "the same runs in the MLflow UI",
+        f"deltalab run {shlex.quote(given)} seeds={max(5, 2 * seeds)}{where}": "more seeds, narrower intervals",
+    }
+    out.print("\nNext:")
+    for command, words in commands.items():
+        out.print(f"  {escape(command)}   [dim]# {words}[/]", soft_wrap=True)
+
+
 @contextmanager
-def _preparation(out: Console) -> Iterator[object]:
+def _preparation(out: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A progress callback for the preparation of data; its bars appear when there is something to show and go when it is done."""
     bars: dict[str, TaskID] = {}
-    progress = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn(),
-                        console=out, transient=True)  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    progress = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
 
     def report(stage: str, done: int, total: int) -> None:
         if stage not in bars:
             if not bars:
                 progress.start()
-            bars[stage] = progress.add_task(stage, total=total or None)
+            bars[stage] = progress.add_task(escape(stage), total=total or None)
         progress.update(bars[stage], completed=done, total=total or None)
         if total and done >= total and all(task.finished for task in progress.tasks):
             progress.stop()

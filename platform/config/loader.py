@@ -1,4 +1,4 @@
-"""From a YAML file and command-line overrides to a `Study`: merged by OmegaConf, checked field by field.
+"""From a YAML file and command-line overrides to a `Study`: interpolated by OmegaConf, checked field by field.
 
 A study has one or several parts; each part is a comparison of its own (one table). An override names a full path
 (`parts.text.base.training.steps=50`) or begins with a section (`training.steps=50`, `axes.recurrence=[gdn,kla]`, `seeds=5`): the
@@ -18,17 +18,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ... import yaml_file
-from ...errors import UserError, unknown
+from ...errors import UserError, shown, unknown
 from ...strict import build, fields_of, item, join
-from .schema import SECTIONS, BaseConfig, PartConfig, ResourcesConfig, StudyConfig
+from .places import Places, places_of, settings
+from .schema import COMPONENTS, SECTIONS, BaseConfig, ModelConfig, PartConfig, ResourcesConfig, StudyConfig, TrainingConfig
 
 _EVERYWHERE = (*SECTIONS, "axes", "seeds", "baseline", "metric")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_NAMED = ("recurrence", "task", *COMPONENTS)
+"""Keys whose value is a name, or a mapping with a name and options."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison: `base` (section -> content), `axes` (dotted path -> values), seeds; `paths` says where each section was written."""
+    """One comparison: `base` (section -> content), `axes` (dotted path -> values), seeds."""
 
     name: str
     base: dict[str, Any]
@@ -36,8 +40,8 @@ class Part:
     seeds: tuple[int, ...]
     baseline: str
     metric: str
-    paths: dict[str, str]
-    """Section or axis -> the place to name in an error, e.g. `parts.text.base.training`."""
+    places: Places
+    """Where each setting of `base`, each axis (`axes.NAME`), `baseline` and `metric` was written."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,23 @@ def study_names() -> list[str]:
 
 
 def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """The study in a YAML file, or a shipped one by name, with `key=value` overrides. `UserError` names what is wrong and where."""
+    """The study in a YAML file, or a shipped one by name, with `key=value` overrides. `UserError`: what is wrong, and where."""
     content, stem = _read(source)
     everywhere, exact = _parse_overrides(overrides)
-    merged = _resolve(_merge(content, exact))
-    config = build(StudyConfig, merged, "")
+    _check_parts(content, exact)
+    config = build(StudyConfig, _resolve(combine(content, exact)), "")
     name = config.name or stem
     if not _NAME.fullmatch(name):
         raise UserError(f"name: {name!r} may hold letters, digits, '.', '_' and '-' only, and at most 100 of them")
     if config.parts:
         parts = [
-            _part(part, build(PartConfig, body or {}, join("parts", part)), config, everywhere, join("parts", part))
+            _part(
+                part,
+                build(PartConfig, {} if body is None else body, join("parts", part)),
+                config,
+                everywhere,
+                join("parts", part),
+            )
             for part, body in config.parts.items()
         ]
     else:
@@ -78,8 +88,7 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
 def _read(source: str | Path) -> tuple[dict[str, Any], str]:
     text = str(source)
     if isinstance(source, Path) or text.endswith((".yaml", ".yml")) or "/" in text:
-        file = Path(source).expanduser()
-        content, stem = yaml_file.read(file, "study"), file.stem
+        content, stem = yaml_file.read(Path(source), "study"), Path(source).stem
     elif text in study_names():
         content = yaml_file.parse((resources.files("deltalab.experiments") / f"{text}.yaml").read_text(encoding="utf-8"), text)
         stem = text
@@ -87,36 +96,54 @@ def _read(source: str | Path) -> tuple[dict[str, Any], str]:
         error = unknown("study", text, study_names())
         raise UserError(f"{error}. A study of your own is given by its file: path/to/study.yaml")
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{text}: expected a mapping with `base`, `axes` and `seeds`, got {'nothing' if content is None else repr(content)[:80]}")
+        raise UserError(
+            f"{text}: expected a mapping with `base`, `axes` and `seeds`, got {'nothing' if content is None else shown(content)}"
+        )
     return content, stem
 
 
 def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(for every part, for one place), both nested: `training.lr=1e-3` -> {"training": {"lr": 0.001}}."""
+    """(for every part, for one place), both nested: `training.lr=1e-3` -> {"training": {"lr": 0.001}}. A later one wins."""
     everywhere: dict[str, Any] = {}
     exact: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", key):
-            raise UserError(f"override {text!r}: expected key=value, such as training.steps=100")
-        first = key.split(".")[0]
+            raise UserError(f"override {shown(text)}: expected key=value, such as training.steps=100")
+        first, _, rest = key.partition(".")
         if first not in (*_EVERYWHERE, *fields_of(StudyConfig)):
-            raise unknown("key", first, (*_EVERYWHERE, *fields_of(StudyConfig)), f"override {key}")
-        target = everywhere if first in _EVERYWHERE else exact
-        *parents, last = ["axes", key.partition(".")[2]] if first == "axes" and "." in key else key.split(".")
-        for parent in parents:
-            inner = target.setdefault(parent, {})
-            target = inner if isinstance(inner, dict) else target.setdefault(parent, {})
-        target[last] = yaml_file.parse(value, f"override {key}")
+            hint = _full_path(key)
+            valid = (*_EVERYWHERE, *fields_of(StudyConfig))
+            raise (
+                UserError(f"override {key}: unknown key {key!r}. Did you mean {hint!r}?")
+                if hint
+                else unknown("key", first, valid, f"override {key}")
+            )
+        # The name of an axis is a dotted path itself.
+        names = ["axes", rest] if first == "axes" and rest else key.split(".")
+        content = yaml_file.parse(value, f"override {key}")
+        for name in reversed(names):
+            content = {name: content}
+        if first in _EVERYWHERE:
+            everywhere = combine(everywhere, content)
+        else:
+            exact = combine(exact, content)
     return everywhere, exact
 
 
-def _merge(*layers: Any) -> Any:
-    """Later layers win, mapping by mapping; lists are replaced whole."""
-    try:
-        return OmegaConf.to_container(OmegaConf.merge(*layers), resolve=False)
-    except OmegaConfBaseException as error:
-        raise UserError(f"study: {str(error).splitlines()[0]}") from error
+def _check_parts(content: Mapping[str, Any], exact: Mapping[str, Any]) -> None:
+    """Every part has a plain name, and an override's part exists: it would otherwise be a new, empty comparison."""
+    parts = content.get("parts")
+    known = parts if isinstance(parts, Mapping) else {}
+    for part in known:
+        if not isinstance(part, str) or not _PART_NAME.fullmatch(part):
+            raise UserError(
+                f"parts: {shown(part)} is no name of a part; letters, digits, '_' and '-' only, at most 100 (a number in quotes)"
+            )
+    changed = exact.get("parts", {})
+    for part in changed if isinstance(changed, Mapping) else ():
+        if part not in known:
+            raise unknown("part", part, known, f"override parts.{part}")
 
 
 def _resolve(content: Any) -> Any:
@@ -126,44 +153,77 @@ def _resolve(content: Any) -> Any:
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or "study"
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise UserError("study: an interpolation refers to itself") from error
+
+
+def combine(under: Mapping[str, Any], over: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+    """`over` merged over `under`, mapping by mapping; lists are replaced whole.
+
+    What is named anew (a card, a task, a component) starts afresh, since options of another one would not fit it; options without
+    a name change those of the name that stands there: `pgdn` and {gate: none} make {card: pgdn, gate: none}.
+    """
+    if key in _NAMED and _named_anew(under, over):
+        return dict(over)
+    merged = dict(under)
+    for name, value in over.items():
+        held = merged.get(name)
+        if isinstance(held, str) and name in _NAMED and isinstance(value, Mapping):
+            held = {"card" if name == "recurrence" else "name": held}
+        merged[name] = combine(held, value, name) if isinstance(held, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _named_anew(under: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+    names = [name for name in ("card", "name") if name in over]
+    return bool(names and {"card", "name"} & under.keys()) and over[names[0]] != under.get(names[0])
 
 
 def _part(name: str, config: PartConfig, study: StudyConfig, everywhere: Mapping[str, Any], path: str) -> Part:
-    paths: dict[str, str] = {}
-    base = _base(config, study, everywhere, path, paths)
-    axes = _axes(config, study, everywhere, path, paths)
-    for axis in axes:
-        if axis in everywhere:
-            raise UserError(f"override {axis}: every arm takes it from the axis; write axes.{axis}=[...] instead")
-    seeds = everywhere.get("seeds", config.seeds if config.seeds is not None else study.seeds)
-    seeds_path = "seeds" if "seeds" in everywhere or config.seeds is None else join(path, "seeds")
-    baseline = everywhere.get("baseline", config.baseline or study.baseline)
-    metric = everywhere.get("metric", config.metric or study.metric)
-    for field, value in (("baseline", baseline), ("metric", metric)):
+    places: Places = {}
+    base = _base(config, study, everywhere, path, places)
+    axes = _axes(config, study, everywhere, path, places)
+    _check_no_conflict(axes, everywhere)
+    seeds, place = _first(
+        (everywhere.get("seeds"), "override seeds"), (config.seeds, join(path, "seeds")), (study.seeds, "seeds"), missing=None
+    )
+    chosen = {}
+    for field in ("baseline", "metric"):
+        layers = (
+            (everywhere.get(field), f"override {field}"),
+            (getattr(config, field), join(path, field)),
+            (getattr(study, field), field),
+        )
+        value, places[field] = _first(*layers, missing="")
         if not isinstance(value, str):
-            raise UserError(f"{join(path, field)}: {value!r} is not text")
-    return Part(name, base, axes, _seeds(seeds, seeds_path), baseline, metric, paths)
+            raise UserError(f"{places[field]}: {shown(value)} is not a text")
+        chosen[field] = value
+    return Part(name, base, axes, _seeds(seeds, place), chosen["baseline"], chosen["metric"], places)
 
 
-def _base(config: PartConfig, study: StudyConfig, everywhere: Mapping[str, Any], path: str, paths: dict[str, str]) -> dict[str, Any]:
+def _first(*layers: tuple[Any, str], missing: Any) -> tuple[Any, str]:
+    """The first value that is given, and its place."""
+    return next(((value, place) for value, place in layers if value is not None and value != missing), (missing, layers[-1][1]))
+
+
+def _base(config: PartConfig, study: StudyConfig, everywhere: Mapping[str, Any], path: str, places: Places) -> dict[str, Any]:
     """section -> content, the part's over the study's, overrides over both."""
-    for where, layer in (("base", study.base), (join(path, "base"), config.base)):
-        build(BaseConfig, {key: {} if key in ("model", "training") else value for key, value in layer.items()}, where)
+    for where, own in (("base", study.base), (join(path, "base"), config.base)):
+        build(BaseConfig, {key: {} if key in ("model", "training") else value for key, value in own.items()}, where)
     base: dict[str, Any] = {}
+    layers: list[tuple[str, Mapping[str, Any]]] = [
+        ("base.", study.base),
+        (f"{join(path, 'base')}.", config.base),
+        ("override ", everywhere),
+    ]
     for section in SECTIONS:
         base[section] = {}
-        for where, layer in (("base", study.base), (join(path, "base"), config.base), ("", everywhere)):
-            if section not in layer:
-                continue
-            paths[section] = join(where, section)
-            base[section] = combine(base[section], named(section, layer[section], paths[section]))
+        for place, layer in layers:
+            if section in layer:
+                here = f"{place}{section}"
+                base[section] = combine(base[section], named(section, layer[section], here), section)
+                places |= places_of(section, layer[section], here)
     return base
-
-
-def combine(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` merged over `under`; but a card or a task named anew starts afresh, since options of another one would not fit it."""
-    renamed = any(key in over and key in under and over[key] != under[key] for key in ("card", "name"))
-    return dict(over) if renamed else _merge(dict(under), dict(over))
 
 
 def named(section: str, content: Any, path: str) -> dict[str, Any]:
@@ -173,46 +233,67 @@ def named(section: str, content: Any, path: str) -> dict[str, Any]:
     if section in ("recurrence", "task") and isinstance(content, str):
         return {"card" if section == "recurrence" else "name": content}
     expected = "a name or a mapping" if section in ("recurrence", "task") else "a mapping"
-    raise UserError(f"{path}: expected {expected}, got {content!r}")
+    raise UserError(f"{path}: expected {expected}, got {shown(content)}")
 
 
-def _axes(config: PartConfig, study: StudyConfig, everywhere: Mapping[str, Any], path: str, paths: dict[str, str]) -> dict[str, list[Any]]:
+def _axes(
+    config: PartConfig, study: StudyConfig, everywhere: Mapping[str, Any], path: str, places: Places
+) -> dict[str, list[Any]]:
     """dotted path -> values, in the file's order; `axes: {training: {lr: [...]}}` is the same as `axes: {training.lr: [...]}`."""
     axes: dict[str, list[Any]] = {}
-    for where, layer in (("axes", study.axes), (join(path, "axes"), config.axes), ("axes", everywhere.get("axes", {}))):
+    for where, layer in (("axes", study.axes), (join(path, "axes"), config.axes), ("override axes", everywhere.get("axes", {}))):
         if not isinstance(layer, Mapping):
-            raise UserError(f"{where}: expected a mapping of axes, got {layer!r}")
-        for key, values in _flatten(layer).items():
-            here = join(where, key)
-            section = key.split(".")[0]
-            if section not in SECTIONS:
-                hint = next((f"{s}.{key}" for s, names in _SHORT.items() if section in names), None)
-                if hint:
-                    raise UserError(f"{here}: unknown axis {key!r}. Did you mean {hint!r}?")
-                raise unknown("axis", key, SECTIONS, here)
-            if not isinstance(values, list) or not values:
-                raise UserError(f"{here}: expected a list of values, got {values!r}")
-            for i, value in enumerate(values):
-                if value in values[:i] and type(value) is type(values[values.index(value)]):
-                    raise UserError(f"{item(here, i)}: {value!r} stands twice")
-            axes[key], paths[f"axes.{key}"] = values, here
+            raise UserError(f"{where}: expected a mapping of axes, got {shown(layer)}")
+        for axis, values in _flatten(layer).items():
+            _check_axis(axis, values, join(where, axis))
+            axes[axis], places[f"axes.{axis}"] = values, join(where, axis)
     return axes
 
 
-_SHORT = {
-    "recurrence": ("gate", "step_size", "preconditioner", "forgetting", "erase", "qk", "block"),
-    "model": ("width", "layers", "heads", "mlp_ratio", "tied"),
-    "training": ("lr", "steps", "batch", "weight_decay", "clip"),
-    "task": ("pairs", "length", "vocab", "corpus"),
-}
+def _check_axis(axis: str, values: Any, path: str) -> None:
+    if axis.split(".")[0] not in SECTIONS:
+        hint = _full_path(axis)
+        raise (
+            UserError(f"{path}: unknown axis {axis!r}. Did you mean {hint!r}?") if hint else unknown("axis", axis, SECTIONS, path)
+        )
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{path}: expected a list of values, got {shown(values)}")
+    for i, value in enumerate(values):
+        if any(type(value) is type(earlier) and value == earlier for earlier in values[:i]):
+            raise UserError(f"{item(path, i)}: {shown(value)} stands twice")
+        label = value.get("label", "label") if isinstance(value, Mapping) else "label"
+        if not isinstance(label, str) or not label.strip():
+            raise UserError(f"{join(item(path, i), 'label')}: {shown(label)} is not a name")
+
+
+def _full_path(short: str) -> str | None:
+    """`gate` -> `recurrence.gate`, for who leaves the section out."""
+    return next((f"{section}.{short}" for section, names in _SHORT.items() if short.split(".")[0] in names), None)
 
 
 def _flatten(axes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in axes.items():
-        path = join(prefix, str(key))
-        flat |= _flatten(value, path) if isinstance(value, Mapping) else {path: value}
+        path = join(prefix, key)
+        flat |= _flatten(value, path) if isinstance(value, Mapping) and value else {path: value}
     return flat
+
+
+def _check_no_conflict(axes: Mapping[str, Any], everywhere: Mapping[str, Any]) -> None:
+    """An override that an axis overwrites in every arm would be lost in silence."""
+    for setting in (one for section in SECTIONS if section in everywhere for one in settings(section, everywhere[section])):
+        for axis in axes:
+            if setting == axis or setting.startswith(f"{axis}."):
+                raise UserError(f"override {setting}: every arm takes it from the axis {axis!r}; write axes.{axis}=[...] instead")
+
+
+_SHORT = {
+    "recurrence": (*COMPONENTS, "erase", "qk", "block"),
+    "model": tuple(fields_of(ModelConfig)),
+    "training": tuple(fields_of(TrainingConfig)),
+    "task": ("pairs", "length", "vocab", "corpus"),
+}
+"""Section -> settings by which it is recognised."""
 
 
 def _seeds(value: Any, path: str) -> tuple[int, ...]:
@@ -220,13 +301,15 @@ def _seeds(value: Any, path: str) -> tuple[int, ...]:
         raise UserError(f"{path}: missing; a list of seeds such as [0, 1, 2], or a number n for 0..n-1")
     if isinstance(value, int) and not isinstance(value, bool):
         if not 1 <= value <= 1000:
-            raise UserError(f"{path}: {value} is out of range; a number of seeds is between 1 and 1000 (one seed alone: [{value}])")
+            raise UserError(
+                f"{path}: {shown(value)} is out of range; a number of seeds is between 1 and 1000 (one seed alone: [{value}])"
+            )
         return tuple(range(value))
     if not isinstance(value, list) or not value:
-        raise UserError(f"{path}: expected a list of integers, or a number n for 0..n-1, got {value!r}")
+        raise UserError(f"{path}: expected a list of integers, or a number n for 0..n-1, got {shown(value)}")
     for i, seed in enumerate(value):
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise UserError(f"{item(path, i)}: {seed!r} is not a seed (an integer from 0 to 2147483647)")
+            raise UserError(f"{item(path, i)}: {shown(seed)} is not a seed (an integer from 0 to 2147483647)")
         if seed in value[:i]:
             raise UserError(f"{item(path, i)}: the seed {seed} stands twice")
     return tuple(value)

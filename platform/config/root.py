@@ -1,11 +1,11 @@
 """The data root: the one folder under which everything of a user's work lies.
 
-    ledger.db        the SQL ledger (unless another URL is given)
-    mlflow.db        MLflow's store; mlflow-artifacts/ its files
-    cache/           prepared datasets, shared by all studies
-    trials/HASH/     checkpoint and result of a trial
-    ray/             Ray Tune's own bookkeeping
-    locks/           one lock per running study
+ledger.db        the SQL ledger (unless another URL is given)
+mlflow.db        MLflow's store; mlflow-artifacts/ its files
+cache/           prepared datasets, shared by all studies
+trials/HASH/     checkpoint and result of a trial
+ray/             Ray Tune's own bookkeeping
+locks/           one lock per running study
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DataRoot:
 
     @classmethod
     def find(cls, root: str | os.PathLike[str] | None = None) -> DataRoot:
-        """`root`, or $DELTALAB_ROOT, or ./deltalab-data; the stores are below it unless $DELTALAB_LEDGER / $DELTALAB_MLFLOW say where."""
+        """`root`, or $DELTALAB_ROOT, or ./deltalab-data; stores are below, or where $DELTALAB_LEDGER, $DELTALAB_MLFLOW say."""
         path = Path(root or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT).expanduser().absolute()
         ledger = os.environ.get(LEDGER_VARIABLE) or f"sqlite:///{path / 'ledger.db'}"
         return cls(path, ledger, os.environ.get(MLFLOW_VARIABLE) or f"sqlite:///{path / 'mlflow.db'}")
@@ -44,7 +44,9 @@ class DataRoot:
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as error:
-            raise UserError(f"--root: cannot write to {str(self.path)!r}: {error.strerror}. Give another --root (or ${ROOT_VARIABLE})") from error
+            raise UserError(
+                f"--root: cannot write to {str(self.path)!r}: {error.strerror}. Give another --root (or ${ROOT_VARIABLE})"
+            ) from error
         return self
 
     @property

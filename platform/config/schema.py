@@ -10,24 +10,30 @@ from ...strict import option
 SECTIONS = ("recurrence", "task", "model", "training")
 """The parts of `base`, and the first words of an axis."""
 
+COMPONENTS = ("gate", "step_size", "preconditioner", "forgetting")
+"""The keys of a recurrence that choose a component (`recurrences.AXES`, which is not imported here: it would load torch)."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The language model around the recurrence, shared by every arm unless it is an axis."""
 
-    width: int = option(64, "model width", min=1)
-    layers: int = option(2, "number of blocks", min=1)
-    heads: int = option(2, "number of heads", min=1)
-    mlp_ratio: float = option(0.0, "MLP hidden width / width; 0: no MLP", min=0)
+    width: int = option(64, "model width", min=1, max=65536)
+    layers: int = option(2, "number of blocks", min=1, max=1024)
+    heads: int = option(2, "number of heads", min=1, max=4096)
+    mlp_ratio: float = option(0.0, "MLP hidden width / width; 0: no MLP", min=0, max=64)
     tied: bool = option(True, "share embedding and head")
-    block: dict[str, Any] = option(factory=dict, help="settings of the mixer's block for every arm: short_conv, output_gate, expand_v, ...")
+    init_std: float = option(0.02, "standard deviation of the projections' initial weights", above=0, max=10)
+    block: dict[str, Any] = option(
+        factory=dict, help="settings of the mixer's block for every arm: short_conv, output_gate, expand_v, ..."
+    )
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How one trial is trained."""
 
-    steps: int = option(300, "optimiser steps", min=1)
+    steps: int = option(300, "optimiser steps", min=1, max=10**9)
     batch: int = option(64, "sequences per step", min=1)
     lr: float = option(3e-3, "peak learning rate", above=0)
     warmup: float = option(0.1, "fraction of the steps with a rising learning rate", min=0, max=1)

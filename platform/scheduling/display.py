@@ -1,4 +1,4 @@
-"""What a person sees while a launch runs: trials done, running and failed, each running trial's step and loss, and the time left."""
+"""What a person sees while a launch runs: trials done, running and failed, each running trial's step and loss, the time left."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from .trial import Outcome, Points
+
+REFRESHES_PER_SECOND = 4
+NAME_WIDTH = 36
+"""Of a terminal's 80 columns, what is left beside a bar and the longest words."""
 
 
 @dataclass
@@ -33,76 +40,82 @@ def duration(seconds: float) -> str:
 class Display:
     """A live panel on a terminal; one line per finished trial everywhere else."""
 
-    def __init__(self, console: Console, done_before: int, weights: dict[str, float], names: dict[str, str], steps: dict[str, int]) -> None:
+    def __init__(
+        self, console: Console, done_before: int, weights: dict[str, float], names: dict[str, str], steps: dict[str, int]
+    ) -> None:
         """weights: trial -> its share of the work (training tokens); names, steps: trial -> label, training steps."""
         self.console, self.weights, self.names, self.steps = console, weights, names, steps
         self.done, self.failed, self.total = done_before, 0, done_before + len(weights)
         self.fraction = dict.fromkeys(weights, 0.0)
-        self.first: dict[str, float] = {}
-        self.began = time.monotonic()
+        self.resumed = dict.fromkeys(weights, 0.0)
+        """The part of a trial that an earlier launch did: it says nothing about this one's speed."""
+        self.began: float | None = None
         self.running: dict[str, _Running] = {}
         self.live = console.is_terminal
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[words]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not self.live,
-        )
-        self.overall = self.progress.add_task("[bold]trials", total=1.0, words=self._words())
+        words = TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True))
+        name = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=NAME_WIDTH))
+        self.summary = Progress(TextColumn("[bold]trials[/]"), BarColumn(bar_width=20), words, console=console)
+        self.bars = Progress(name, BarColumn(bar_width=16), words, console=console)
+        self.overall = self.summary.add_task("", total=1.0, words=self._words())
 
     @contextmanager
     def showing(self) -> Iterator[None]:
-        with self.progress:
+        """Show the panel while the block runs; it leaves nothing behind."""
+        if not self.live:
+            yield
+            return
+        panel = Group(self.summary, self.bars)
+        with Live(panel, console=self.console, transient=True, refresh_per_second=REFRESHES_PER_SECOND):
             yield
 
     def started(self, trial: str) -> None:
+        self.began = self.began or time.monotonic()
         if trial not in self.running:
-            bar = self.progress.add_task(f"  {self.names[trial]}", total=1.0, words="starting")
+            bar = self.bars.add_task(f"  {escape(self.names[trial])}", total=1.0, words="starting")
             self.running[trial] = _Running(self.names[trial], bar, self.steps[trial])
         self._refresh()
 
     def reported(self, trial: str, step: int, points: Points) -> None:
         fraction = step / self.steps[trial]
-        self.first.setdefault(trial, fraction)
+        if len({at for _, at, _ in points}) > 1:
+            self.resumed[trial] = fraction
         self.fraction[trial] = fraction
-        loss = next((f"loss {value:.3f}" for name, _, value in points if name == "train/loss"), "")
+        losses = [value for name, _, value in points if name == "train/loss"]
+        loss = f"loss {losses[-1]:.3f}" if losses else ""
         running = self.running.get(trial)
         if running is not None:
-            self.progress.update(running.bar, completed=fraction, words=f"{step}/{running.steps} {loss}")
+            self.bars.update(running.bar, completed=fraction, words=f"{step}/{running.steps} {loss}")
         self._refresh()
 
     def ended(self, trial: str, outcome: Outcome, score: str) -> None:
         running = self.running.pop(trial, None)
         if running is not None:
-            self.progress.remove_task(running.bar)
-        self.fraction[trial] = 1.0
+            self.bars.remove_task(running.bar)
         if outcome.status == "interrupted":
             self._refresh()
             return
+        self.fraction[trial] = 1.0
         self.done += 1
         self.failed += outcome.status == "failed"
         colour = {"finished": "green", "failed": "red"}.get(outcome.status, "yellow")
-        words = score if outcome.status == "finished" else (outcome.error or "").strip().splitlines()[-1:] or [""]
-        text = words if isinstance(words, str) else words[0]
-        left = f", about {duration(self.seconds_left() or 0)} left" if not self.live and self.seconds_left() else ""
-        self.console.print(
-            f"[dim]{self.done}/{self.total}[/] {_plain(self.names[trial])} [{colour}]{outcome.status}[/] {_plain(text)}{left}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        text = score if outcome.status == "finished" else _last_line(outcome.error)
+        seconds = None if self.live else self.seconds_left()
+        left = f", about {duration(seconds)} left" if seconds else ""
+        name = escape(self.names[trial])
+        self.say(f"[dim]{self.done}/{self.total}[/] {name} [{colour}]{outcome.status}[/] {escape(text)}{left}")
+        if outcome.context.get("warning"):
+            self.say(f"[yellow]warning[/] {name}: {escape(outcome.context['warning'])}")
         self._refresh()
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        """A line of markup above the panel."""
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def seconds_left(self) -> float | None:
         """Work left over the speed so far, in training tokens; None before there is a speed."""
-        done = sum(weight * (self.fraction[trial] - self.first.get(trial, 0.0)) for trial, weight in self.weights.items())
+        done = sum(weight * (self.fraction[trial] - self.resumed[trial]) for trial, weight in self.weights.items())
         left = sum(weight * (1 - self.fraction[trial]) for trial, weight in self.weights.items())
-        return left * (time.monotonic() - self.began) / done if done else None
+        return left * (time.monotonic() - self.began) / done if done > 0 and self.began is not None else None
 
     def _words(self) -> str:
         left = self.seconds_left()
@@ -112,9 +125,8 @@ class Display:
     def _refresh(self) -> None:
         whole = sum(self.weights.values()) or 1.0
         part = sum(self.weights[trial] * fraction for trial, fraction in self.fraction.items())
-        self.progress.update(self.overall, completed=part / whole, words=self._words())
+        self.summary.update(self.overall, completed=part / whole, words=self._words())
 
 
-def _plain(text: str) -> str:
-    """Text that rich must not read as markup."""
-    return text.replace("[", r"\[")
+def _last_line(error: str | None) -> str:
+    return ((error or "").strip().splitlines() or [""])[-1]

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +19,14 @@ from types import FrameType
 from typing import Any, Protocol
 
 from ...errors import UserError
-from ..config import DataRoot, ResourcesConfig
+from ..config import ResourcesConfig
 from .trial import Job, Outcome, Points, run_trial
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Trials exchange numbers, not tensors: the smallest store that Ray accepts comfortably."""
 GRACE_SECONDS = 20.0
 """How long running trials get to save their checkpoint after Ctrl-C."""
-_QUIET = {
+_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -36,8 +35,14 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # glibc hands every tensor over 128 KB back to the system and page-faults it in again: an eighth of a small model's step.
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Listener(Protocol):
@@ -52,8 +57,10 @@ class Stop:
     """A request to stop that workers on any node see: a file on the shared root. Ctrl-C once asks, twice insists."""
 
     def __init__(self, file: Path) -> None:
+        """file: made when a stop is requested; one that a killed launch left is removed."""
         self.file = file
         self.requested_at: float | None = None
+        self._say: Callable[[str], None] = print
         file.unlink(missing_ok=True)
 
     @property
@@ -67,15 +74,9 @@ class Stop:
     @contextmanager
     def catching(self, say: Callable[[str], None]) -> Iterator[None]:
         """SIGINT and SIGTERM become requests while the block runs."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self.requested:
-                raise KeyboardInterrupt
-            self.requested_at = time.monotonic()
-            self.file.touch()
-            say("Stopping: running trials save their checkpoints (Ctrl-C again to stop at once).")
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._say = say
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.catch()
         try:
             yield
         finally:
@@ -83,17 +84,29 @@ class Stop:
                 signal.signal(number, old)
             self.file.unlink(missing_ok=True)
 
+    def catch(self) -> None:
+        """Take the signals (again): Ray, when it starts, makes SIGTERM end this process with a stack trace of its own."""
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested_at = time.monotonic()
+        self.file.touch()
+        self._say("Stopping: running trials save their checkpoints (Ctrl-C again to stop at once).")
+
 
 @contextmanager
 def ray_cluster(resources: ResourcesConfig) -> Iterator[None]:
-    """A Ray of our own on this machine, or a connection to the cluster at `resources.address`. `UserError` if trials cannot fit."""
-    os.environ.update({key: value for key, value in _QUIET.items() if key not in os.environ})
+    """A Ray of our own on this machine, or the cluster at `resources.address`. `UserError` if a trial does not fit."""
+    os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
     import ray
 
     options: dict[str, Any] = {"address": resources.address, "log_to_driver": False, "logging_level": logging.ERROR}
     if resources.address == "local":
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        options["num_cpus"] = max(resources.cpus_per_trial, _usable_cores())
+        options["num_cpus"] = _usable_cores()
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -106,9 +119,18 @@ def ray_cluster(resources: ResourcesConfig) -> Iterator[None]:
 
 
 def check_local_resources(resources: ResourcesConfig) -> None:
-    """Before Ray starts: a trial that asks for more than this machine has would wait forever."""
-    if resources.address == "local" and resources.cpus_per_trial > _usable_cores():
-        raise UserError(f"resources.cpus_per_trial: {resources.cpus_per_trial} is more than the {_usable_cores()} cores of this machine")
+    """Before anything is prepared: a trial that asks for more than this machine has would wait forever."""
+    if resources.address != "local":
+        return
+    if resources.cpus_per_trial > _usable_cores():
+        cpus = resources.cpus_per_trial
+        raise UserError(f"resources.cpus_per_trial: {cpus} is more than the {_usable_cores()} cores of this machine")
+    if resources.gpus_per_trial:
+        import torch
+
+        wanted, found = resources.gpus_per_trial, torch.cuda.device_count()
+        if wanted > found:
+            raise UserError(f"resources.gpus_per_trial: {wanted:g}, but PyTorch sees {found} GPUs on this machine")
 
 
 def _usable_cores() -> int:
@@ -127,23 +149,27 @@ def _check_fit(resources: ResourcesConfig, cluster: dict[str, float]) -> None:
             raise UserError(f"resources.{field}: {wanted:g}, but {where} has {cluster.get(name, 0.0):g} {name}s")
 
 
-def execute(jobs: Sequence[Job], resources: ResourcesConfig, root: DataRoot, listener: Listener, stop: Stop) -> None:
-    """Run every job once (again from its checkpoint when its worker dies), telling `listener`. Needs `ray_cluster`."""
+def execute(jobs: Sequence[Job], resources: ResourcesConfig, folder: Path, listener: Listener, stop: Stop) -> None:
+    """Run every job once (again from its checkpoint when its worker dies), telling `listener`. Needs `ray_cluster`.
+
+    folder: for Tune's own files, on storage that all nodes share; removed at the end, as is what a killed launch left there.
+    """
     from ray import tune
 
     from .hooks import Reports, WhenAsked
 
+    shutil.rmtree(folder, ignore_errors=True)
+    reports = Reports(listener, {job.hash for job in jobs}, stop)
     gpus = resources.gpus_per_trial
     # One worker process serves trial after trial on a CPU (a fresh one costs seconds of imports); a GPU's memory must come back.
     config = tune.TuneConfig(max_concurrent_trials=resources.trials_at_once or None, reuse_actors=gpus == 0)
-    name = f"launch-{uuid.uuid4().hex[:8]}"
     run = tune.RunConfig(
-        name=name,
-        storage_path=str(root.ray),
-        callbacks=[Reports(listener, {job.hash for job in jobs})],
+        name=folder.name,
+        storage_path=str(folder.parent),
+        callbacks=[reports],
         failure_config=tune.FailureConfig(max_failures=resources.retries),
         checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-        stop=WhenAsked(stop),
+        stop=WhenAsked(stop, reports),
         verbose=0,
     )
     trainable = tune.with_resources(_trainable, {"cpu": resources.cpus_per_trial, "gpu": gpus})
@@ -152,7 +178,7 @@ def execute(jobs: Sequence[Job], resources: ResourcesConfig, root: DataRoot, lis
     try:
         tune.Tuner(trainable, param_space=space, tune_config=config, run_config=run).fit()
     finally:
-        shutil.rmtree(root.ray / name, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _trainable(config: dict[str, Any]) -> None:

@@ -6,29 +6,27 @@ out; trials are found by their hash; a trial is done when the ledger says so.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
-from ...errors import UserError
 from ..config import DataRoot, Study
 from ..study import MEASURES, Plan, PlannedTrial, plan_study
 from ..tasks import Progress
-from ..tracking import Ledger, MlflowWriter, TrialPlan, TrialRow, provenance
+from ..tracking import Ledger, MlflowWriter, TrialPlan, TrialRow, TrialStatus, provenance
 from .display import Display, duration
 from .executor import Stop, check_local_resources, execute, ray_cluster
+from .lock import only_launch
 from .recorder import Recorder
 from .trial import Job, Outcome, Points
 
-DONE = ("finished", "diverged")
+LaunchEnd = Literal["finished", "failed", "interrupted"]
+DONE: tuple[TrialStatus, ...] = ("finished", "diverged")
 """Statuses that are results. A failed trial is tried again by the next launch; a diverged one is not."""
 
 
@@ -37,7 +35,7 @@ class LaunchSummary:
     """What a launch did: how many of its trials stand where, and how long it took."""
 
     launch_id: int
-    counts: Counter[str]
+    counts: Counter[TrialStatus]
     ran: int
     interrupted: bool
     seconds: float
@@ -47,7 +45,7 @@ class LaunchSummary:
         """0 done, 1 some trials failed, 130 interrupted."""
         if self.interrupted:
             return 130
-        return 1 if self.counts["failed"] else 0
+        return 0 if self.counts.total() == sum(self.counts[status] for status in DONE) else 1
 
 
 def launch_study(study: Study, root: DataRoot, console: Console, command: str, progress: Progress | None = None) -> LaunchSummary:
@@ -55,57 +53,37 @@ def launch_study(study: Study, root: DataRoot, console: Console, command: str, p
     began = time.monotonic()
     check_local_resources(study.resources)
     root.create()
-    with _only_launch(study.name, root):
+    with only_launch(study.name, root):
         plan = plan_study(study, root.cache, progress)
-        for note in plan.notes:
-            console.print(f"[yellow]note[/] {note}", highlight=False, soft_wrap=True)
         record = provenance()
         with Ledger.open(root.ledger) as ledger:
-            _retire_stale_launches(study.name, ledger)
+            killed = _retire_killed(study.name, ledger)
             launch_id = ledger.start_launch(study.name, command, plan.record(), record, [_row(trial) for trial in plan.trials])
             rows = {row.hash: row for row in ledger.trials(study.name, launch_id=launch_id)}
             left = [trial for trial in plan.trials if rows[trial.hash].status not in DONE]
-            interrupted = False
-            if left:
+            status: LaunchEnd = "finished"
+            if left or killed:
                 done = len(plan.trials) - len(left)
-                if done:
+                if left and done:
                     console.print(f"{done} of {len(plan.trials)} trials are done already; {len(left)} to go.", highlight=False)
-                interrupted = _run(plan, left, rows, ledger, root, console, launch_id, record)
+                status = _Launch(plan, left, rows, killed, ledger, root, console, launch_id, record).run()
             counts = Counter(row.status for row in ledger.trials(study.name, launch_id=launch_id))
-            ledger.set_launch(launch_id, status="interrupted" if interrupted else "failed" if counts["failed"] else "finished")
-    return LaunchSummary(launch_id, counts, len(left), interrupted, time.monotonic() - began)
+            if status == "finished" and counts["failed"]:
+                status = "failed"
+            ledger.set_launch(launch_id, status=status)
+    return LaunchSummary(launch_id, counts, len(left), status == "interrupted", time.monotonic() - began)
 
 
-@contextmanager
-def _only_launch(study: str, root: DataRoot) -> Iterator[None]:
-    """Hold the study's lock, which dies with the process; `UserError` where another launch of it is running."""
-    lock = FileLock(root.locks / f"{study}.lock")
-    holder = root.locks / f"{study}.json"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"study {study!r} is running already under {root.path}{_who(holder)}. Watch it with `deltalab status {study}`") from None
-    try:
-        holder.write_text(json.dumps({"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-
-
-def _who(holder: Path) -> str:
-    try:
-        content = json.loads(holder.read_text())
-        return f" (process {content['pid']}, since {content['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _retire_stale_launches(study: str, ledger: Ledger) -> None:
-    """A launch that still says `running` while we hold the lock was killed."""
-    for launch in ledger.launches(study):
-        if launch.status == "running":
-            ledger.set_launch(launch.id, status="interrupted")
+def _retire_killed(study: str, ledger: Ledger) -> list[str]:
+    """A launch or a trial that still says `running` while we hold the lock was killed. Returns their MLflow runs, to be ended."""
+    launches = [launch for launch in ledger.launches(study) if launch.status == "running"]
+    trials = ledger.trials(study, statuses=["running"])
+    for launch in launches:
+        ledger.set_launch(launch.id, status="interrupted")
+    for trial in trials:
+        ledger.reset_trial(trial.id)
+    runs = [launch.mlflow_run_id for launch in launches] + [trial.mlflow_run_id for trial in trials]
+    return [run for run in runs if run]
 
 
 def _row(trial: PlannedTrial) -> TrialPlan:
@@ -124,48 +102,83 @@ def _row(trial: PlannedTrial) -> TrialPlan:
     )
 
 
-def _run(
-    plan: Plan,
-    left: Sequence[PlannedTrial],
-    rows: dict[str, TrialRow],
-    ledger: Ledger,
-    root: DataRoot,
-    console: Console,
-    launch_id: int,
-    record: dict[str, object],
-) -> bool:
-    """Run the trials that are left; True where the user interrupted."""
-    with console.status("starting MLflow and Ray ..."):
-        mlflow = MlflowWriter(root.mlflow, root.artifacts, record)
-        _retire_stale_runs(plan.study, ledger, mlflow)
-        name = f"launch {launch_id}"
-        params = {"trials": len(plan.trials), "to run": len(left), "parts": [part.name or plan.study for part in plan.parts]}
-        launch_run = mlflow.open_launch(plan.study, name, params, {"deltalab.launch": launch_id})
-        ledger.set_launch(launch_id, mlflow_run_id=launch_run)
-    recorder = Recorder(plan.study, ledger, mlflow, launch_run)
-    display = _display(left, len(plan.trials) - len(left), console)
-    listener = _Listener({trial.hash: trial for trial in left}, rows, recorder, display, {part.name: part.metric for part in plan.parts})
-    stop = Stop(root.locks / f"{plan.study}.stop")
-    status = "failed"
-    try:
-        with stop.catching(display.say), ray_cluster(plan.resources):
-            jobs = [_job(trial, root, stop, plan.resources.cpus_per_trial) for trial in left]
-            with display.showing():
-                execute(jobs, plan.resources, root, listener, stop)
-        status = "interrupted" if stop.requested else "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-    finally:
-        recorder.close()
-        mlflow.finish_launch(launch_run, status if status != "failed" else "failed")
-    return status == "interrupted"
+class _Launch:
+    """The part of a launch that has trials to run: MLflow, Ray, and the bookkeeping around them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        left: Sequence[PlannedTrial],
+        rows: dict[str, TrialRow],
+        killed: Sequence[str],
+        ledger: Ledger,
+        root: DataRoot,
+        console: Console,
+        launch_id: int,
+        record: Mapping[str, object],
+    ) -> None:
+        self.plan, self.left, self.rows, self.killed = plan, left, rows, killed
+        self.ledger, self.root, self.console = ledger, root, console
+        self.launch_id, self.record = launch_id, record
+        self.stop = Stop(root.locks / f"{plan.study}.stop")
+        self.display = _display(left, len(plan.trials) - len(left), console)
+
+    def run(self) -> LaunchEnd:
+        """Run the trials that are left. A Ctrl-C while something starts is heeded as soon as it has started."""
+        try:
+            with self.stop.catching(self.display.say):
+                self._run_with_mlflow()
+            return "interrupted" if self.stop.requested else "finished"
+        except KeyboardInterrupt:  # the second Ctrl-C
+            return "interrupted"
+        except BaseException:
+            self.ledger.set_launch(self.launch_id, status="failed")
+            raise
+
+    def _run_with_mlflow(self) -> None:
+        with _spinner(self.console, "starting MLflow ..."):
+            mlflow = MlflowWriter(self.root.mlflow, self.root.artifacts, self.record)
+            run_id = self._open_launch(mlflow)
+        recorder = Recorder(self.plan.study, self.ledger, mlflow, run_id)
+        status: LaunchEnd = "failed"
+        try:
+            if self.left and not self.stop.requested:
+                self._run_with_ray(recorder)
+            status = "interrupted" if self.stop.requested else "failed" if recorder.failed else "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            recorder.close()
+            mlflow.finish_launch(run_id, status)
+
+    def _run_with_ray(self, recorder: Recorder) -> None:
+        plan, resources = self.plan, self.plan.resources
+        planned = {trial.hash: trial for trial in self.left}
+        listener = _Listener(planned, self.rows, recorder, self.display, {part.name: part.metric for part in plan.parts})
+        jobs = [_job(trial, self.root, self.stop, resources.cpus_per_trial) for trial in self.left]
+        with ExitStack() as ray:
+            with _spinner(self.console, "starting Ray ..."):
+                ray.enter_context(ray_cluster(resources))
+            self.stop.catch()
+            if not self.stop.requested:
+                with self.display.showing():
+                    execute(jobs, resources, self.root.ray / plan.study, listener, self.stop)
+
+    def _open_launch(self, mlflow: MlflowWriter) -> str:
+        """This launch's run in MLflow; the runs of launches that were killed are ended first."""
+        for killed in self.killed:
+            mlflow.finish_launch(killed, "interrupted")
+        parts = [part.name or self.plan.study for part in self.plan.parts]
+        params = {"trials": len(self.plan.trials), "to run": len(self.left), "parts": parts}
+        run_id = mlflow.open_launch(self.plan.study, f"launch {self.launch_id}", params, {"deltalab.launch": self.launch_id})
+        self.ledger.set_launch(self.launch_id, mlflow_run_id=run_id)
+        return run_id
 
 
-def _retire_stale_runs(study: str, ledger: Ledger, mlflow: MlflowWriter) -> None:
-    """End the MLflow runs of launches that were killed."""
-    for launch in ledger.launches(study):
-        if launch.status == "interrupted" and launch.mlflow_run_id:
-            mlflow.finish_launch(launch.mlflow_run_id, "interrupted")
+def _spinner(console: Console, words: str) -> AbstractContextManager[object]:
+    """Says what is being waited for; nothing in a log file, where a spinner leaves an empty line."""
+    return console.status(words) if console.is_terminal else nullcontext()
 
 
 def _job(trial: PlannedTrial, root: DataRoot, stop: Stop, threads: int) -> Job:
@@ -183,7 +196,12 @@ class _Listener:
     """From the executor to the recorder and the display."""
 
     def __init__(
-        self, planned: dict[str, PlannedTrial], rows: dict[str, TrialRow], recorder: Recorder, display: Display, metrics: dict[str, str]
+        self,
+        planned: dict[str, PlannedTrial],
+        rows: dict[str, TrialRow],
+        recorder: Recorder,
+        display: Display,
+        metrics: dict[str, str],
     ) -> None:
         self.planned, self.rows, self.recorder, self.display, self.metrics = planned, rows, recorder, display, metrics
 
@@ -202,5 +220,3 @@ class _Listener:
         seconds = outcome.measurements.get("time/train_seconds", 0.0)
         score = "" if value is None else f"{metric} {value:{MEASURES[metric].format}} ({duration(seconds)})"
         self.display.ended(trial, outcome, score)
-
-

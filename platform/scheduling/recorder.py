@@ -31,6 +31,8 @@ class Recorder:
 
     def __init__(self, study: str, ledger: Ledger, mlflow: MlflowWriter, launch_run: str) -> None:
         self.study, self.ledger, self.mlflow, self.launch_run = study, ledger, mlflow, launch_run
+        self.failed = 0
+        """Trials that failed in this launch."""
         self._open: dict[str, _Open] = {}
 
     def start(self, trial_id: int, planned: PlannedTrial) -> None:
@@ -65,6 +67,7 @@ class Recorder:
     def end(self, trial_hash: str, outcome: Outcome) -> None:
         """A trial ended: its last points, its measurements, its status. An interrupted one goes back to pending."""
         trial = self._open.pop(trial_hash)
+        self.failed += outcome.status == "failed"
         self._flush(trial)
         context = {f"deltalab.{key}": value for key, value in outcome.context.items() if value}
         self.mlflow.finish_trial(trial.run_id, outcome.status, outcome.measurements, {**context, "deltalab.error": outcome.error})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,11 @@ from ..tasks import PreparedTask, build_task
 from ..training import Diverged, Interrupted, PeakMemory, Trainer, evaluate, prepare_device
 
 Points = list[tuple[str, int, float]]
+"""(name, step, value): what crosses from a worker to the driver."""
+Curve = list[tuple[int, dict[str, float]]]
+"""(step, name -> value): what a trial keeps."""
 LOCK_POLL_SECONDS = 1.0
-"""A trial's folder may still be held by a worker of a killed launch, or by another study with the same trial: it is waited for."""
+"""A trial's folder may be held by a worker of a killed launch, or by another study with the same trial: it is waited for."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,12 @@ def run_trial(job: Job, report: Callable[[int, Points], None]) -> Outcome:
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        if os.path.exists(job.stop_file):
+            raise Interrupted
         with _alone(folder, job.stop_file):
             outcome = _read_result(folder, report) or _run(job, folder, report)
     except Interrupted:
         return Outcome("interrupted")
-    except Diverged as error:
-        return Outcome("diverged", error=str(error))
     except Exception:
         return Outcome("failed", error=traceback.format_exc(limit=-8))
     return outcome
@@ -66,7 +70,7 @@ def run_trial(job: Job, report: Callable[[int, Points], None]) -> Outcome:
 
 @contextmanager
 def _alone(folder: Path, stop_file: str) -> Iterator[None]:
-    """Hold the trial's folder; the lock goes with the process that has it. Raises `Interrupted` when asked to stop while waiting."""
+    """Hold the trial's folder; the lock goes with its process. Raises `Interrupted` when asked to stop while waiting."""
     lock = FileLock(folder / "lock")
     while True:
         try:
@@ -90,13 +94,28 @@ def _run(job: Job, folder: Path, report: Callable[[int, Points], None]) -> Outco
     seed = job.config["seed"]
     spec = spec_from_mapping(job.config["recurrence"])
     model = build_model(spec, model_config, data.vocab, training.backend, seed).to(hardware.device)
-    trainer = Trainer(model, data.train, training, seed, hardware, folder / "checkpoint.pt")
-    for step, values in trainer.curve:
-        report(step, [(name, step, value) for name, value in values.items()])
-    trainer.run(
-        lambda step, values: report(step, [(name, step, value) for name, value in values.items()]),
-        should_stop=lambda: os.path.exists(job.stop_file),
-    )
+    trainer = Trainer(model, data.train, training, seed, hardware, folder / "checkpoint.pt", job.hash)
+    context = {
+        "backend": model.backend(hardware.device),
+        "device": hardware.device.type,
+        "precision": hardware.precision,
+        "warning": trainer.warning,
+    }
+    _report_curve(trainer.curve, report)
+    scores: dict[str, float] = {}
+    error = None
+    try:
+        trainer.run(
+            lambda step, values: _report_curve([(step, values)], report),
+            should_stop=lambda: os.path.exists(job.stop_file),
+        )
+        model.eval()
+        for name, split in (("validation", data.validation), ("test", data.test)):
+            scores |= evaluate(model, split, hardware, training.batch, training.eval_examples).measurements(name, task_metric)
+        if not math.isfinite(scores["test/loss"]):
+            raise Diverged(f"test loss {scores['test/loss']:g} after the last step")
+    except Diverged as diverged:
+        scores, error = {}, str(diverged)
     measurements = {
         "throughput/train_tokens_per_second": trainer.tokens_per_second,
         "time/train_seconds": trainer.seconds,
@@ -104,19 +123,15 @@ def _run(job: Job, folder: Path, report: Callable[[int, Points], None]) -> Outco
         "model/parameters": float(model.parameter_count()),
         "model/state_bytes": float(model.state_bytes(data.length)),
     }
-    model.eval()
-    for name, split in (("validation", data.validation), ("test", data.test)):
-        scores = evaluate(model, split, hardware, training.batch, training.eval_examples)
-        measurements |= scores.measurements(name, task_metric)
-    context = {
-        "backend": model.backend(hardware.device),
-        "device": hardware.device.type,
-        "precision": hardware.precision,
-        "warning": trainer.warning,
-    }
-    outcome = Outcome("finished", measurements, context=context)
+    outcome = Outcome("diverged" if error else "finished", measurements | scores, error, context)
     _write_result(folder, outcome, trainer.curve)
     return outcome
+
+
+def _report_curve(curve: Curve, report: Callable[[int, Points], None]) -> None:
+    """Hand several steps over at once: what a resumed trial repeats costs one message, however long it is."""
+    if curve:
+        report(curve[-1][0], [(name, step, value) for step, values in curve for name, value in values.items()])
 
 
 def _data(job: Job) -> tuple[PreparedTask, str]:
@@ -126,13 +141,14 @@ def _data(job: Job) -> tuple[PreparedTask, str]:
     task = build_task(wanted)
     data = task.prepare(Path(job.cache))
     if (data.digest, data.version) != (digest, version):
-        raise RuntimeError(f"the data of {task.name} changed under the launch: planned {digest} v{version}, found {data.digest} v{data.version}")
+        found = f"{data.digest} v{data.version}"
+        raise RuntimeError(f"the data of {task.name} changed under the launch: planned {digest} v{version}, found {found}")
     return data, task.metric
 
 
-def _write_result(folder: Path, outcome: Outcome, curve: list[tuple[int, dict[str, float]]]) -> None:
+def _write_result(folder: Path, outcome: Outcome, curve: Curve) -> None:
     """Keep the outcome beside the checkpoint: a driver that dies before it has recorded it finds it here."""
-    content = {"status": outcome.status, "measurements": outcome.measurements, "context": outcome.context, "curve": curve}
+    content = {**asdict(outcome), "curve": curve}
     temporary = folder / f".result.{os.getpid()}"
     temporary.write_text(json.dumps(content))
     temporary.replace(folder / "result.json")
@@ -141,9 +157,9 @@ def _write_result(folder: Path, outcome: Outcome, curve: list[tuple[int, dict[st
 def _read_result(folder: Path, report: Callable[[int, Points], None]) -> Outcome | None:
     try:
         content: Mapping[str, Any] = json.loads((folder / "result.json").read_text())
-        outcome = Outcome(content["status"], dict(content["measurements"]), context=dict(content["context"]))
-        for step, values in content["curve"]:
-            report(step, [(name, step, value) for name, value in values.items()])
+        outcome = Outcome(content["status"], dict(content["measurements"]), content["error"], dict(content["context"]))
+        curve = [(int(step), dict(values)) for step, values in content["curve"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    _report_curve(curve, report)
     return outcome

@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from ...errors import UserError
+from ...errors import UserError, shown
 from ...recurrences import Block, LanguageModel, MixerSpec
+from ...recurrences.mixer import head_shape
 from ...registry import load
-from ...strict import build, item, plain
+from ...strict import build, item, join, plain
 from ..config import ModelConfig, Part, TrainingConfig
 from ..config.loader import combine, named
+from ..config.places import Places, located, places_of
 from ..tasks import Task, build_task
+
+MOST_ARMS = 10_000
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Arm:
     model: ModelConfig
     task: Task
     training: TrainingConfig
+    places: Places = field(repr=False, compare=False)
+    """Where each of its settings was written, for an error that only the plan can find."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,16 @@ class _Point:
 
 def expand(part: Part) -> list[Arm]:
     """The arms of a part, in the order of the file. `UserError` names the axis value or the base field that cannot be used."""
+    count = math.prod(len(values) for values in part.axes.values())
+    if count > MOST_ARMS:
+        raise UserError(f"{part.name + ': ' if part.name else ''}axes: {count} arms; at most {MOST_ARMS} in one comparison")
     arms = []
     for point in _grid(part.axes):
+        places = _places(part, point)
         try:
-            arms.append(_resolve(part, point))
+            arms.append(_resolve(part, point, places))
         except UserError as error:
-            raise UserError(_relocate(str(error), part, point)) from error
+            raise UserError(_located(str(error), point, places)) from error
     return arms
 
 
@@ -58,47 +69,72 @@ def _grid(axes: Mapping[str, list[Any]]) -> Iterator[_Point]:
         yield _Point({axis: value for axis, (_, value) in pairs.items()}, {axis: index for axis, (index, _) in pairs.items()})
 
 
-def _resolve(part: Part, point: _Point) -> Arm:
+def _places(part: Part, point: _Point) -> Places:
+    """The part's places under those of the point's axis values."""
+    places = dict(part.places)
+    for axis in _shortest_first(point):
+        places |= places_of(axis, point.values[axis], item(part.places[f"axes.{axis}"], point.indices[axis]))
+    return places
+
+
+def _located(message: str, point: _Point, places: Places) -> str:
+    """The message with its place. A contradiction with what nobody wrote (a card's own choice) says at which axis value."""
+    found = located(message, places)
+    path = message.partition(":")[0]
+    turned = {places[axis]: value for axis, value in point.values.items() if axis.split(".")[0] == path.split(".")[0]}
+    if turned and path not in places and not any(found.startswith(place) for place in turned):
+        found += f" (at {', '.join(f'{place} = {value_label(value)}' for place, value in turned.items())})"
+    return found
+
+
+def _resolve(part: Part, point: _Point, places: Places) -> Arm:
     sections = copy.deepcopy(part.base)
-    # Shorter paths first: `recurrence: gdn` must stand before `recurrence.gate: channel` turns one of its components.
-    for axis in sorted(point.values, key=lambda path: path.count(".")):
+    for axis in _shortest_first(point):
         _set(sections, axis, point.values[axis])
     recurrence = sections["recurrence"]
-    recurrence.pop("label", None)
+    label = recurrence.pop("label", "label")
+    if not isinstance(label, str) or not label.strip():
+        raise UserError(f"recurrence.label: {shown(label)} is not a text")
     if not recurrence:
         raise UserError("recurrence: missing; a card's name (`deltalab list recurrences`), in base or as an axis")
     if not sections["task"]:
         raise UserError("task: missing; a task's name (`deltalab list tasks`), in base or as an axis")
-    if set(recurrence) - {"card"} and not {"card", "name"} & set(recurrence):
+    if not {"card", "name"} & set(recurrence):
         raise UserError("recurrence.card: missing; a card's name (`deltalab list recurrences`)")
     spec = load(recurrence["card"] if set(recurrence) == {"card"} else recurrence, "recurrence")
     model = build(ModelConfig, sections["model"], "model")
     if model.block:
         spec = replace(spec, block=build(Block, {**plain(spec.block), **model.block}, "model.block"))
+    try:
+        head_shape(model.width, model.heads, spec.block)
+    except UserError as error:
+        inside = "recurrence" if str(error).startswith("block") and not model.block else "model"
+        raise UserError(join(inside, error)) from error
     training = build(TrainingConfig, sections["training"], "training")
-    return Arm(part.name, _label(part, point), spec, model, build_task(sections["task"], "task"), training)
+    return Arm(part.name, _label(part, point), spec, model, build_task(sections["task"], "task"), training, places)
+
+
+def _shortest_first(point: _Point) -> list[str]:
+    """`recurrence: gdn` must stand before `recurrence.gate: channel` turns one of its components."""
+    return sorted(point.values, key=lambda path: path.count("."))
 
 
 def _set(sections: dict[str, Any], axis: str, value: Any) -> None:
-    """Put an axis value at its dotted path; a whole section is combined, a field below it is replaced."""
+    """Put an axis value at its dotted path, merged as an override is; its `label` only names it."""
     section, *fields = axis.split(".")
+    if fields and isinstance(value, Mapping):
+        value = {key: inner for key, inner in value.items() if key != "label"}
     if not fields:
-        sections[section] = combine(sections[section], named(section, value, section))
-        return
-    target = sections[section]
-    for i, field in enumerate(fields[:-1]):
-        inner = target.setdefault(field, {})
-        if not isinstance(inner, dict):
-            # `preconditioner: diagonal` in the base, `recurrence.preconditioner.x` as the axis.
-            inner = target[field] = {"name": inner}
-        if not isinstance(inner, dict):
-            raise UserError(f"{section}.{'.'.join(fields[: i + 1])}: has no fields")
-        target = inner
-    target[fields[-1]] = value
+        value = named(section, value, section)
+        if section != "recurrence":
+            value.pop("label", None)
+    for name in reversed(fields):
+        value = {name: value}
+    sections[section] = combine(sections[section], value, section)
 
 
 def _label(part: Part, point: _Point) -> str:
-    """The arm's name: `gdn`, `gdn/lr=0.003`, `step_size=kaczmarz/gate=scalar`. The task or recurrence axis gives its value alone."""
+    """The arm's name: `gdn`, `gdn/lr=0.003`, `step_size=one/gate=scalar`. The task or recurrence axis gives its value alone."""
     words = []
     for axis, value in point.values.items():
         text = value_label(value)
@@ -110,24 +146,11 @@ def value_label(value: Any) -> str:
     """A short text for an axis value: its `label`, its name with what else it sets, or the value itself."""
     if isinstance(value, Mapping):
         if "label" in value:
-            return str(value["label"])
+            return str(value["label"])  # the loader has checked that it is a text
         name = str(value.get("card", value.get("name", "")))
         rest = {key: item for key, item in value.items() if key not in ("card", "name")}
         return name + (f"({','.join(f'{key}={value_label(item)}' for key, item in rest.items())})" if rest else "")
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-
-def _relocate(message: str, part: Part, point: _Point) -> str:
-    """`recurrence.gate: unknown ...` -> `axes.recurrence.gate[1]: unknown ...`, or the base that holds the field."""
-    for axis in sorted(point.values, key=len, reverse=True):
-        short = f"{axis}.card" if axis == "recurrence" else f"{axis}.name"
-        for prefix in (short, axis) if isinstance(point.values[axis], str) else (axis,):
-            if message.startswith(prefix) and message[len(prefix) : len(prefix) + 1] in (".", ":", "["):
-                return item(part.paths[f"axes.{axis}"], point.indices[axis]) + message[len(prefix) :]
-    section = message.partition(":")[0].split(".")[0].split("[")[0]
-    if section in part.paths:
-        return part.paths[section] + message[len(section) :]
-    return f"{part.name}: {message}" if part.name else message
 
 
 def build_model(spec: MixerSpec, model: ModelConfig, vocab: int, backend: str = "auto", seed: int | None = None) -> LanguageModel:
@@ -140,15 +163,13 @@ def build_model(spec: MixerSpec, model: ModelConfig, vocab: int, backend: str = 
         heads=model.heads,
         mlp_ratio=model.mlp_ratio,
         tied=model.tied,
+        init_std=model.init_std,
         backend=backend,
         seed=seed,
     )
 
 
 def check_model(arm: Arm, vocab: int) -> int:
-    """Build the arm's model without memory and return its parameter count; `UserError` where sizes do not fit."""
-    try:
-        with torch.device("meta"):
-            return build_model(arm.spec, arm.model, vocab).parameter_count()
-    except UserError as error:
-        raise UserError(f"arm {arm.name!r}: model.{error}") from error
+    """Build the arm's model without memory and return its parameter count."""
+    with torch.device("meta"):
+        return build_model(arm.spec, arm.model, vocab).parameter_count()

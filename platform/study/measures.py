@@ -23,7 +23,9 @@ _SCORES = {
 }
 MEASURES: dict[str, Measure] = {
     **{f"{split}/{name}": measure for split in ("test", "validation") for name, measure in _SCORES.items()},
-    "throughput/train_tokens_per_second": Measure("tokens/s", True, ",.0f", "training tokens per second, median over the curve's intervals"),
+    "throughput/train_tokens_per_second": Measure(
+        "tokens/s", True, ",.0f", "training tokens per second, median over the curve's intervals"
+    ),
     "memory/peak_bytes": Measure("bytes", False, ",.0f", "peak memory: of the GPU, or of the worker process on a CPU"),
     "model/parameters": Measure("", None, ",.0f", "number of parameters"),
     "model/state_bytes": Measure("bytes", None, ",.0f", "state carried from token to token, one sequence, at the task's length"),
@@ -36,3 +38,8 @@ def full_name(name: str) -> str:
     if "/" in name:
         return name
     return next((full for full in MEASURES if full.split("/")[1] == name), name)
+
+
+def measured(name: str, metric: str) -> bool:
+    """Whether a trial whose task's own metric is `metric` has the measurement: perplexity, bits per byte are for text alone."""
+    return metric == "perplexity" or name.split("/")[1] not in ("perplexity", "bits_per_byte")

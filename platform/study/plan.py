@@ -14,9 +14,10 @@ from ...kernels import backends
 from ...recurrences import RecurrenceSpec
 from ...strict import plain
 from ..config import BOOKKEEPING, Part, ResourcesConfig, Study
-from ..tasks import PreparedTask, Progress, Task, effective, task_class
+from ..config.places import located
+from ..tasks import PreparedTask, Progress, effective, task_class
 from .arms import Arm, check_model, expand
-from .measures import MEASURES, full_name
+from .measures import MEASURES, full_name, measured
 
 HASH_DIGITS = 16
 
@@ -63,46 +64,57 @@ class Plan:
         parts = [
             {"name": p.name, "arms": list(p.arms), "baseline": p.baseline, "metric": p.metric, "task": p.task} for p in self.parts
         ]
-        return {"study": self.study, "description": self.description, "parts": parts, "notes": self.notes, "resources": plain(self.resources)}
+        return {
+            "study": self.study,
+            "description": self.description,
+            "parts": parts,
+            "notes": self.notes,
+            "resources": plain(self.resources),
+        }
 
 
 def plan_study(study: Study, cache: Path, progress: Progress | None = None) -> Plan:
     """Resolve, check and hash every trial of a study; prepares (or finds in `cache`) the data of its tasks.
 
-    `UserError` with the YAML path for anything that cannot run: an unknown component, a wrong type, sizes that do not fit, data that
-    are missing or too short.
+    `UserError` with the YAML path for anything that cannot run: an unknown component, a wrong type, sizes that do not fit, data
+    that are missing or too short.
     """
     plan = Plan(study.name, study.description, study.resources)
     prepared: dict[str, PreparedTask] = {}
     for part in study.parts:
         arms = expand(part)
-        for task in {arm.task.fingerprint(): arm.task for arm in arms}.values():
-            if task.fingerprint() not in prepared:
-                prepared[task.fingerprint()] = _prepare(task, cache, progress, part)
-        _add_part(plan, part, arms, prepared)
+        _add_part(plan, part, arms, [_prepare(arm, cache, progress, prepared) for arm in arms])
     return plan
 
 
-def _prepare(task: Task, cache: Path, progress: Progress | None, part: Part) -> PreparedTask:
+def _prepare(arm: Arm, cache: Path, progress: Progress | None, prepared: dict[str, PreparedTask]) -> PreparedTask:
+    """The arm's data; arms that read the same share them."""
     try:
-        return task.prepare(cache, progress)
+        key = arm.task.fingerprint()
+        if key not in prepared:
+            prepared[key] = arm.task.prepare(cache, progress)
     except UserError as error:
-        text = str(error)
-        where = part.paths.get("task")
-        raise UserError(where + text.removeprefix("task") if where and text.startswith("task") else text) from error
+        raise UserError(located(str(error), arm.places)) from error
+    except (MemoryError, OverflowError) as error:
+        raise UserError(
+            located(f"task: the data of {arm.task.name} are larger than memory can hold: {error}", arm.places)
+        ) from error
+    return prepared[key]
 
 
-def _add_part(plan: Plan, part: Part, arms: list[Arm], prepared: Mapping[str, PreparedTask]) -> None:
+def _add_part(plan: Plan, part: Part, arms: list[Arm], data_of: list[PreparedTask]) -> None:
     """Append the part's trials; arms that are the same experiment under two names run once, and the plan says so."""
     first_name: dict[str, str] = {}
     parameters: dict[str, int] = {}
-    for arm in arms:
-        data = prepared[arm.task.fingerprint()]
+    for arm, data in zip(arms, data_of, strict=True):
         _check_training(arm, data)
         config = _arm_config(arm, data)
         arm_hash = digest({"part": part.name, **_decisive(config)})
         if arm_hash in first_name:
-            plan.notes.append(f"{_in(part)}the arms {first_name[arm_hash]!r} and {arm.name!r} are the same experiment; it runs once, as the first")
+            plan.notes.append(
+                f"{_in(part)}the arms {first_name[arm_hash]!r} and {arm.name!r} are the same experiment; "
+                "it runs once, as the first"
+            )
             continue
         if arm.name in first_name.values():
             raise UserError(f"{_in(part)}two different arms are named {arm.name!r}; give them a `label`")
@@ -115,9 +127,7 @@ def _add_part(plan: Plan, part: Part, arms: list[Arm], prepared: Mapping[str, Pr
                 PlannedTrial(part.name, arm.name, seed, trial_hash, arm_hash, {**config, "seed": seed}, arm.spec.name, data)
             )
     names = tuple(first_name.values())
-    plan.parts.append(
-        PlannedPart(part.name, names, _baseline(part, names), _metric(part, arms), arms[0].task.name, parameters)
-    )
+    plan.parts.append(PlannedPart(part.name, names, _baseline(part, names), _metric(part, arms), arms[0].task.name, parameters))
     plan.notes += _fairness_notes(part, arms)
 
 
@@ -134,7 +144,7 @@ def _arm_config(arm: Arm, data: PreparedTask) -> dict[str, Any]:
 
 
 def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that decides the numbers: no card name, no place of data, nothing that only changes what is written down."""
+    """The part of a config that decides the numbers: no card name, no place of data, nothing that only changes records."""
     recurrence = {key: value for key, value in config["recurrence"].items() if key != "name"}
     training = {key: value for key, value in config["training"].items() if key not in BOOKKEEPING}
     where = task_class(config["task"]["name"]).location
@@ -150,16 +160,19 @@ def digest(content: Mapping[str, Any]) -> str:
 
 def _check_training(arm: Arm, data: PreparedTask) -> None:
     if arm.training.backend not in ("auto", *backends()):
-        raise unknown("backend", arm.training.backend, ("auto", *backends()), "training.backend")
+        raise unknown("backend", arm.training.backend, ("auto", *backends()), located("training.backend:", arm.places)[:-1])
     if arm.training.batch > len(data.train):
         raise UserError(
-            f"training.batch: {arm.training.batch} is more than the {len(data.train)} training sequences of {arm.task.name}; at most {len(data.train)}"
+            located(
+                f"training.batch: {arm.training.batch} is more than the {len(data.train)} training sequences of {arm.task.name}",
+                arm.places,
+            )
         )
 
 
 def _baseline(part: Part, names: tuple[str, ...]) -> str:
     if part.baseline and part.baseline not in names:
-        raise unknown("arm", part.baseline, names, f"parts.{part.name}.baseline" if part.name else "baseline")
+        raise unknown("arm", part.baseline, names, part.places["baseline"])
     return part.baseline or names[0]
 
 
@@ -167,11 +180,18 @@ def _metric(part: Part, arms: list[Arm]) -> str:
     if part.metric:
         name = full_name(part.metric)
         if name not in MEASURES:
-            raise unknown("measurement", part.metric, MEASURES, f"parts.{part.name}.metric" if part.name else "metric")
+            raise unknown("measurement", part.metric, MEASURES, part.places["metric"])
+        without = next((arm.task for arm in arms if not measured(name, arm.task.metric)), None)
+        if without is not None:
+            raise UserError(
+                f"{part.places['metric']}: {name!r} is not measured on {without.name}, whose own metric is {without.metric}"
+            )
         return name
     metrics = {arm.task.metric for arm in arms}
     if len(metrics) > 1:
-        raise UserError(f"{_in(part)}metric: the arms' tasks measure {sorted(metrics)}; say which to compare, or put each task in a part")
+        raise UserError(
+            f"{_in(part)}metric: the arms' tasks measure {sorted(metrics)}; say which to compare, or put each task in a part"
+        )
     return full_name(metrics.pop())
 
 
@@ -184,7 +204,7 @@ def _fairness_notes(part: Part, arms: list[Arm]) -> list[str]:
     kinds = {spec.preconditioner.name for spec in specs}
     for kind in sorted(kinds - {"none"}) if len(kinds) > 1 else ():
         chosen = [spec.preconditioner for spec in specs if spec.preconditioner.name == kind]
-        if not any(choice.config.control == "mean" for choice in chosen):
+        if not any(getattr(choice.config, "control", "") == "mean" for choice in chosen):
             notes.append(
                 f"{_in(part)}the preconditioner {kind!r} is compared without its gain-matched control: add an arm with "
                 f"{{name: {kind}, control: mean}}, since a uniform multiplier acts like a larger step size"

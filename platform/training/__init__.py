@@ -5,4 +5,15 @@ from .device import Hardware, PeakMemory, prepare_device
 from .loop import Diverged, Interrupted, Trainer
 from .scores import Scores, evaluate
 
-__all__ = ["Diverged", "Hardware", "Interrupted", "PeakMemory", "Scores", "Trainer", "evaluate", "load_checkpoint", "prepare_device", "save_checkpoint"]
+__all__ = [
+    "Diverged",
+    "Hardware",
+    "Interrupted",
+    "PeakMemory",
+    "Scores",
+    "Trainer",
+    "evaluate",
+    "load_checkpoint",
+    "prepare_device",
+    "save_checkpoint",
+]

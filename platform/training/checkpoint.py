@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -38,8 +39,19 @@ def load_checkpoint(file: Path, device: torch.device) -> tuple[dict[str, Any] | 
         data = file.read_bytes()
     except FileNotFoundError:
         return None, ""
+    except IsADirectoryError:
+        return None, set_aside(file, "is a folder")
     start = len(_MAGIC) + 32
     if data.startswith(_MAGIC) and hashlib.sha256(data[start:]).digest() == data[len(_MAGIC) : start]:
-        return torch.load(io.BytesIO(data[start:]), map_location=device, weights_only=True), ""
+        # Whole, but perhaps of a PyTorch that writes another format: no reason to lose the trial.
+        with contextlib.suppress(Exception):
+            content = torch.load(io.BytesIO(data[start:]), map_location=device, weights_only=True)
+            if isinstance(content, dict):
+                return content, ""
+    return None, set_aside(file, "was damaged")
+
+
+def set_aside(file: Path, why: str) -> str:
+    """Rename a checkpoint that cannot be used to `*.corrupt`; returns what the user should know."""
     file.replace(file.with_suffix(".corrupt"))
-    return None, f"the checkpoint {file} was damaged; it is set aside and the trial starts from the beginning"
+    return f"the checkpoint {file} {why}; it is set aside and the trial starts from the beginning"

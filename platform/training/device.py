@@ -32,7 +32,7 @@ class Hardware:
 
 
 def prepare_device(threads: int, precision: str, width: int) -> Hardware:
-    """Set threads and determinism for this process and choose the device: the GPU that the scheduler made visible, else the CPU."""
+    """Set threads and determinism for this process; choose the device: the GPU that the scheduler made visible, else the CPU."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # That mode also fills every fresh tensor with NaN, a debugging aid that costs a tenth of a small model's step.
@@ -49,13 +49,13 @@ def _bf16_pays(device: torch.device, width: int) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return width >= BF16_CPU_WIDTH and amx is not None and bool(amx())
+    return bool(width >= BF16_CPU_WIDTH and amx is not None and amx())
 
 
 class PeakMemory:
     """Peak memory since construction: allocated bytes on a GPU, resident bytes of the process on a CPU.
 
-    A worker process runs many trials; Linux can reset the process' high-water mark, other systems report the mark since its start.
+    A worker process runs many trials; Linux can reset the process' high-water mark, others report the mark since its start.
     """
 
     def __init__(self, device: torch.device) -> None:

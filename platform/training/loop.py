@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ...recurrences import LanguageModel
 from ..config import TrainingConfig
 from ..tasks import Split
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint, set_aside
 from .device import Hardware
 
 Report = Callable[[int, dict[str, float]], None]
@@ -25,11 +25,11 @@ CHECKPOINT_SHARE = 20
 """A checkpoint that takes s seconds is written at most every 20 s seconds: never more than 5 % of the time."""
 
 
-class Diverged(Exception):
+class Diverged(Exception):  # noqa: N818
     """Loss or gradient stopped being finite. A result, not a fault: the trial is recorded as `diverged` and not retried."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818
     """The launch was asked to stop; the checkpoint holds everything up to the last step."""
 
 
@@ -38,10 +38,22 @@ class Trainer:
 
     The order of the data depends on `seed` and the step alone, so it is the same in every arm (differences are paired) and after
     every resume. State that a resume needs: parameters, optimiser, step, the curve's last values and the clock.
+
+    `identity` names the trial in its checkpoint `file`: one of another trial, or of code with other parameters, is set aside.
     """
 
-    def __init__(self, model: LanguageModel, split: Split, config: TrainingConfig, seed: int, hardware: Hardware, file: Path) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        split: Split,
+        config: TrainingConfig,
+        seed: int,
+        hardware: Hardware,
+        file: Path,
+        identity: str = "",
+    ) -> None:
         self.model, self.split, self.config, self.seed, self.hardware, self.file = model, split, config, seed, hardware, file
+        self.identity = identity
         decayed, kept = model.decay_groups()
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
@@ -144,6 +156,8 @@ class Trainer:
                 "curve": self.curve,
                 "sums": self._sums,
                 "since": self._since,
+                "identity": self.identity,
+                "warning": self.warning,
             },
         )
         self._saved_at = time.monotonic()
@@ -152,15 +166,31 @@ class Trainer:
     def _resume(self) -> str:
         """Continue from the checkpoint, if there is a whole one; returns what the user should know of a damaged one."""
         content, warning = load_checkpoint(self.file, self.hardware.device)
-        if content is not None:
-            self._load(content)
-        return warning
-
-    def _load(self, content: dict[str, Any]) -> None:
+        if content is None:
+            return warning
+        if not self._fits(content):
+            return set_aside(self.file, "belongs to another trial, or to another version of the model")
         self.model.load_state_dict(content["model"])
         self.optimiser.load_state_dict(content["optimiser"])
         self.step, self.rates, self.seconds = content["step"], content["rates"], content["seconds"]
         self.curve, self._sums, self._since = content["curve"], content["sums"], content["since"]
+        return str(content["warning"])
+
+    def _fits(self, content: dict[str, Any]) -> bool:
+        """Whether a checkpoint is this trial's; looked at as a whole before anything of it is taken over."""
+        if content.keys() != _FIELDS or content["identity"] != self.identity or not 0 <= content["step"] <= self.config.steps:
+            return False
+        moments = {index: state["exp_avg"].shape for index, state in content["optimiser"]["state"].items()}
+        own = dict(enumerate(parameter.shape for parameter in self.parameters))
+        same = all(own.get(index) == shape for index, shape in moments.items())
+        return same and _shapes(content["model"]) == _shapes(self.model.state_dict())
+
+
+_FIELDS = {"model", "optimiser", "step", "rates", "seconds", "curve", "sums", "since", "identity", "warning"}
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
