@@ -47,7 +47,7 @@ def prepare_device(threads: int, precision: str, width: int) -> Hardware:
 
 def _bf16_pays(device: torch.device, width: int) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(width >= BF16_CPU_WIDTH and amx is not None and amx())
 
