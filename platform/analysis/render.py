@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -22,6 +22,8 @@ from .statistics import Estimate
 FORMATS = ("table", "json", "csv", "markdown", "latex")
 # Two spaces between columns and none at the edges: seven columns with a name of 17 letters fit on 80.
 _TIGHT: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+NARROW = 72
+"""Columns of a terminal below which numbers fold too: a number that is cut off would be a wrong one."""
 _HEADERS = ("arm", "n", "{metric}", "difference", "p", "tokens/s", "ratio")
 
 
@@ -37,16 +39,17 @@ def render(comparison: Comparison, form: str) -> str:
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print the comparison as tables, with the failures and the notes below."""
-    console.print(Group(*_renderables(comparison)), highlight=False)
+    console.print(Group(*_renderables(comparison, console.width)), highlight=False)
 
 
-def _renderables(comparison: Comparison) -> Iterator[RenderableType]:
+def _renderables(comparison: Comparison, width: int) -> Iterator[RenderableType]:
     for part in comparison.parts:
         headers = _headers(part)
         title = f"{comparison.study}{'/' + part.part if part.part else ''}: {part.metric} on {part.task} v{part.task_version}"
         table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", **_TIGHT)
         for i, header in enumerate(headers):
-            table.add_column(escape(header), justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0)
+            justify: Literal["left", "right"] = "left" if i == 0 else "right"
+            table.add_column(escape(header), justify=justify, overflow="fold", no_wrap=i > 0 and width >= NARROW)
         best = _best(part)
         for row in part.arms:
             cells = [escape(cell) for cell in _cells(row, part)]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from deltalab.platform.training import load_checkpoint, save_checkpoint
 from deltalab.platform.training.checkpoint import _MAGIC
 

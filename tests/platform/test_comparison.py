@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
+
 from deltalab.errors import UserError
 from deltalab.platform.analysis import Comparison, compare, render
 from deltalab.platform.tracking import Ledger, TrialPlan, sqlite_url
-from scipy import stats
 
 Values = Mapping[str, Mapping[int, float | str | None]]
 """arm -> seed -> test/accuracy of a finished trial, None for a pending one, else the status it ended with."""

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from deltalab.platform.analysis.statistics import estimate, holm, paired_difference
 from scipy import stats
+
+from deltalab.platform.analysis.statistics import estimate, holm, paired_difference
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 30])

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from deltalab import registry
 from deltalab.platform.config import TrainingConfig
 from deltalab.platform.scheduling.trial import Job, Outcome, run_trial
@@ -31,7 +33,6 @@ from deltalab.platform.training import (
 from deltalab.platform.training.loop import learning_rate
 from deltalab.recurrences import LanguageModel
 from deltalab.recurrences.component import Component
-from torch import nn
 
 MQAR = {
     "name": "mqar",
@@ -314,7 +315,9 @@ def test_only_scored_positions_count(data: PreparedTask, hardware: Hardware) -> 
         logits = model.logits(model.hidden(torch.from_numpy(inputs))[0])
     wanted = torch.from_numpy(targets)
     found = evaluate(model, data.test, hardware, 16, 1000)
-    assert found.loss == pytest.approx(F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100).item(), abs=1e-5)
+    assert found.loss == pytest.approx(
+        F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100).item(), abs=1e-5
+    )
     scored = wanted != -100
     assert found.correct == int((logits.argmax(-1) == wanted)[scored].sum())
     assert found.tokens == int(scored.sum())

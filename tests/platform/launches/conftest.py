@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
+from filelock import FileLock
+
 from deltalab.platform.config import DataRoot
 from deltalab.platform.tracking import Ledger, TrialRow
-from filelock import FileLock
 
 DELTALAB = Path(sys.executable).parent / "deltalab"
 PATIENCE = 240.0
@@ -189,21 +190,37 @@ def wait() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """A finished study `tiny` with two parts, `recall` and `text`: to read, never to change. One for all pytest processes."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    lab = Lab(folder / "finished", folder / "finished" / "root")
-    with FileLock(folder / "finished.lock"):
-        if not (folder / "finished" / "output").exists():
-            lab.folder.mkdir()
-            text = lab.folder / "text.txt"
-            text.write_text("".join(f"line {n}: the quick brown fox jumps over {n * n} lazy dogs\n" for n in range(400)))
-            done = lab.deltalab("run", _two_parts(lab, text))
-            assert done.returncode == 0, done.stdout + done.stderr
-            (lab.folder / "output").write_text(done.stdout + done.stderr)
-    yield lab
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Lab], Any]], tuple[Lab, Any]]:
+    """`once(name, make)`: the lab that `make` worked in and what it returned (JSON), made once for all pytest processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Lab], Any]) -> tuple[Lab, Any]:
+        lab = Lab(shared / name, shared / name / "root")
+        answer = shared / f"{name}.json"
+        with FileLock(shared / f"{name}.lock"):
+            if not answer.exists():
+                assert not lab.folder.exists(), f"{name} failed before"
+                lab.folder.mkdir()
+                answer.write_text(json.dumps(make(lab)))
+        return lab, json.loads(answer.read_text())
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def finished(once: Callable[..., Any]) -> Lab:
+    """A finished study `tiny` with two parts, `recall` and `text`: to read, never to change."""
+
+    def make(lab: Lab) -> None:
+        text = lab.folder / "text.txt"
+        text.write_text("".join(f"line {n}: the quick brown fox jumps over {n * n} lazy dogs\n" for n in range(400)))
+        done = lab.deltalab("run", _two_parts(lab, text))
+        assert done.returncode == 0, done.stdout + done.stderr
+        (lab.folder / "output").write_text(done.stdout + done.stderr)
+
+    lab: Lab = once("finished", make)[0]
+    return lab
 
 
 def _two_parts(lab: Lab, text: Path) -> Path:

@@ -11,25 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+
 from deltalab.platform.training import load_checkpoint, save_checkpoint
 
 Lab = Any  # conftest.Lab: test folders are no packages, so its name cannot be imported
 Wait = Callable[..., Any]
 
-STEPS = 1200
+STEPS = 600
 LONG = {"seeds": [0], "base": {"training": {"steps": STEPS, "log_every": 20}}, "axes": {"recurrence": ["gdn", "deltanet"]}}
 MARK = "train/mark"
 """A curve that a test puts into a checkpoint: only a trial that goes on from there brings it into the ledger."""
 
 
 @pytest.fixture(scope="module")
-def undisturbed(finished: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def undisturbed(once: Callable[..., Any]) -> Lab:
     """The study, run without interruption."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    lab = type(finished)(folder, folder / "root")
-    done = lab.deltalab("run", lab.study(**LONG))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return lab
+
+    def make(lab: Lab) -> None:
+        done = lab.deltalab("run", lab.study(**LONG))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return once("undisturbed", make)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- processes
@@ -225,7 +227,7 @@ def test_kills_during_the_start_then_ctrl_c_of_the_terminal_then_sigterm(lab: La
     _same_end(lab, undisturbed)
 
 
-def test_ctrl_c_twice_does_not_wait(lab: Lab, undisturbed: Lab, wait: Wait) -> None:
+def test_ctrl_c_twice_does_not_wait(lab: Lab, wait: Wait) -> None:
     """The second Ctrl-C ends the launch at once; the last regular checkpoint is what the next one goes on from."""
     file = lab.study(**LONG)
     with _running(lab, file) as launch:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+
 from deltalab.platform.scheduling.trial import Job, run_trial
 from deltalab.platform.training import load_checkpoint
 
@@ -72,7 +74,14 @@ def test_mlflow_holds_one_run_per_trial_under_one_parent(finished: Lab) -> None:
         assert run.info.run_id == row.mlflow_run_id
         assert run.info.status == "FINISHED"
         assert tags["mlflow.parentRunId"] == parent.info.run_id
-        ours = {"study": "tiny", "arm": row.arm, "seed": str(row.seed), "trial": row.hash, "status": "finished", "backend": row.backend}
+        ours = {
+            "study": "tiny",
+            "arm": row.arm,
+            "seed": str(row.seed),
+            "trial": row.hash,
+            "status": "finished",
+            "backend": row.backend,
+        }
         assert {name: tags[f"deltalab.{name}"] for name in ours} == ours
         assert tags["deltalab.torch"] == torch.__version__.partition("+")[0] or tags["deltalab.torch"] == torch.__version__
         assert tags["deltalab.hardware"] and tags["deltalab.python"] and tags["deltalab.ray"] and tags["deltalab.mlflow"]
@@ -121,9 +130,16 @@ def test_a_second_launch_runs_nothing(finished: Lab, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def continued(finished: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, dict[str, str], Any]:
-    """The finished root after one more launch, which adds a seed and meets trials that a dead driver left in four states."""
-    lab = finished.copy(tmp_path_factory.mktemp("continued"))
+def continued(finished: Lab, once: Callable[..., Any]) -> tuple[Lab, dict[str, str], str]:
+    """The finished root after one more launch, which adds a seed and meets trials that a dead driver left in four states.
+
+    Returns the lab, trial hash -> state, and what was printed.
+    """
+    lab, (states, out) = once("continued", lambda lab: _go_on(finished.copy(lab.folder), finished.folder / "tiny.yaml"))
+    return lab, states, out
+
+
+def _go_on(lab: Lab, study: Path) -> tuple[dict[str, str], str]:
     recorded, whole, corrupt, empty, *_ = lab.trials()
     states = {recorded.hash: "result", whole.hash: "whole", corrupt.hash: "corrupt", empty.hash: "empty"}
     with sqlite3.connect(lab.root / "ledger.db") as database:
@@ -139,14 +155,14 @@ def continued(finished: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     damaged[len(damaged) // 2] ^= 1
     lab.checkpoint(corrupt.hash).write_bytes(damaged)
     lab.checkpoint(empty.hash).write_bytes(b"")
-    done = lab.deltalab("run", finished.folder / "tiny.yaml", "seeds=3")
+    done = lab.deltalab("run", study, "seeds=3")
     assert done.returncode == 0, done.stdout + done.stderr
-    return lab, states, done
+    return states, done.stdout
 
 
-def test_an_added_seed_runs_alone(continued: tuple[Lab, dict[str, str], Any], finished: Lab) -> None:
-    lab, states, done = continued
-    assert "2 of 9 trials are done already; 7 to go." in done.stdout
+def test_an_added_seed_runs_alone(continued: tuple[Lab, dict[str, str], str], finished: Lab) -> None:
+    lab, states, out = continued
+    assert "2 of 9 trials are done already; 7 to go." in out
     rows = lab.trials()
     assert len(rows) == 9 and {row.seed for row in rows} == {0, 1, 2}
     assert all(row.status == "finished" for row in rows)
@@ -156,7 +172,7 @@ def test_an_added_seed_runs_alone(continued: tuple[Lab, dict[str, str], Any], fi
     assert [arm["seeds"] for part in lab.compared()["parts"] for arm in part["arms"]] == [[0, 1, 2]] * 3
 
 
-def test_trials_of_a_dead_driver_end_with_the_same_numbers(continued: tuple[Lab, dict[str, str], Any], finished: Lab) -> None:
+def test_trials_of_a_dead_driver_end_with_the_same_numbers(continued: tuple[Lab, dict[str, str], str], finished: Lab) -> None:
     lab, states, _ = continued
     before, after = finished.numbers(), lab.numbers()
     assert {key: after[key] for key in before} == before
@@ -165,24 +181,24 @@ def test_trials_of_a_dead_driver_end_with_the_same_numbers(continued: tuple[Lab,
     assert {row.hash: row.attempts for row in lab.trials() if row.hash in states} == dict.fromkeys(states, 2)
 
 
-def test_a_result_that_was_not_recorded_is_not_computed_again(continued: tuple[Lab, dict[str, str], Any]) -> None:
+def test_a_result_that_was_not_recorded_is_not_computed_again(continued: tuple[Lab, dict[str, str], str]) -> None:
     lab, states, _ = continued
     for trial, state in states.items():
         assert lab.checkpoint(trial).exists() == (state != "result")
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_user_is_told(continued: tuple[Lab, dict[str, str], Any]) -> None:
-    lab, states, done = continued
+def test_a_damaged_checkpoint_is_set_aside_and_the_user_is_told(continued: tuple[Lab, dict[str, str], str]) -> None:
+    lab, states, out = continued
     runs = lab.trial_runs()
     for trial, state in states.items():
         damaged = state in ("corrupt", "empty")
         assert lab.checkpoint(trial).with_suffix(".corrupt").exists() == damaged
         warning = runs[trial].data.tags.get("deltalab.warning", "")
         assert ("was damaged" in warning and str(lab.checkpoint(trial)) in warning) == damaged
-    assert done.stdout.count("was damaged; it is set aside and the trial starts from the beginning") == 2
+    assert out.count("was damaged; it is set aside and the trial starts from the beginning") == 2
 
 
-def test_a_worker_carries_nothing_from_trial_to_trial(continued: tuple[Lab, dict[str, str], Any], tmp_path: Path) -> None:
+def test_a_worker_carries_nothing_from_trial_to_trial(continued: tuple[Lab, dict[str, str], str], tmp_path: Path) -> None:
     """The last trial of each part ran in a worker that had run others before; alone it gives the same numbers."""
     lab, _, _ = continued
     numbers, curves = lab.numbers(), lab.curves()
@@ -201,27 +217,34 @@ def test_a_worker_carries_nothing_from_trial_to_trial(continued: tuple[Lab, dict
 
 
 @pytest.fixture(scope="module")
-def troubled(tmp_path_factory: pytest.TempPathFactory, finished: Lab, wait: Callable[..., Any]) -> tuple[Lab, Path, Any]:
-    """A launch with hostile names, arms that diverge, and a trial whose text disappears after it was planned."""
-    folder = tmp_path_factory.mktemp("troubled")
-    lab = type(finished)(folder, folder / "root with spaces")
-    text = folder / "text.txt"
-    shutil.copy(finished.folder / "text.txt", text)
-    names = [{"card": "gdn", "label": label, "qk": {"normalise_q": "l2"}, "block": {"expand_v": 1 + n}} for n, label in enumerate(HOSTILE)]
+def troubled(finished: Lab, once: Callable[..., Any], wait: Callable[..., Any]) -> tuple[Lab, tuple[int, str, str]]:
+    """A launch with hostile names, an arm that diverges, and a trial whose text disappears after it was planned."""
+
+    def make(lab: Lab) -> tuple[int, str, str]:
+        text = lab.folder / "text.txt"
+        shutil.copy(finished.folder / "text.txt", text)
+        launch = lab.start("run", _troubled_study(lab, text, _tiny_task(finished)))
+        wait(lambda: lab.trials("troubled"), process=launch)
+        text.rename(lab.folder / "away.txt")
+        out, err = launch.communicate(timeout=240)
+        return launch.returncode, out, err
+
+    lab, answer = once("troubled", make)
+    return lab, answer
+
+
+def _troubled_study(lab: Lab, text: Path, task: dict[str, Any]) -> Path:
+    arms = [{"card": "gdn", "label": label, "block": {"expand_v": 1 + n}} for n, label in enumerate(HOSTILE)]
     parts = {
-        "hostile": {"axes": {"recurrence": names}, "base": {"task": dict(_tiny_task(finished))}},
-        "diverging": {"axes": {"training.lr": [1e-3, 1e30]}, "base": {"task": dict(_tiny_task(finished)), "recurrence": "gdn"}},
+        "hostile": {"axes": {"recurrence": arms}, "base": {"task": task}},
+        "diverging": {"axes": {"training.lr": [1e-3, 1e30]}, "base": {"task": task, "recurrence": "gdn"}},
         "text": {"base": {"recurrence": "gdn", "task": {"name": "lm", "corpus": str(text), "length": 32}}},
     }
-    file = lab.study("troubled", seeds=[0], parts=parts)
-    content = file.read_text()
-    content = re.sub(r"axes:\n  recurrence:\n  - linear_attention\n  - gdn\n", "", content, count=1)
-    file.write_text(content)
-    launch = lab.start("run", file)
-    wait(lambda: lab.trials("troubled"), process=launch)
-    text.rename(folder / "away.txt")
-    out, err = launch.communicate(timeout=240)
-    return lab, file, (launch.returncode, out, err)
+    content = yaml.safe_load(lab.study("troubled", seeds=[0], parts=parts).read_text(encoding="utf-8"))
+    del content["axes"], content["base"]["task"]
+    file = lab.folder / "troubled.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return file
 
 
 def _tiny_task(finished: Lab) -> dict[str, Any]:
@@ -229,8 +252,8 @@ def _tiny_task(finished: Lab) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in ("digest", "version")}
 
 
-def test_a_failed_trial_stops_no_other(troubled: tuple[Lab, Path, Any]) -> None:
-    lab, _, (code, out, err) = troubled
+def test_a_failed_trial_stops_no_other(troubled: tuple[Lab, tuple[int, str, str]]) -> None:
+    lab, (code, out, err) = troubled
     assert code == 1, out + err
     statuses = {(row.part, row.arm): row.status for row in lab.trials("troubled")}
     assert statuses.pop(("text", "gdn")) == "failed"
@@ -248,8 +271,8 @@ def test_a_failed_trial_stops_no_other(troubled: tuple[Lab, Path, Any]) -> None:
     assert by_status["diverged"].info.status == "KILLED" and by_status["diverged"].data.tags["deltalab.backend"]
 
 
-def test_hostile_names_survive_every_place(troubled: tuple[Lab, Path, Any]) -> None:
-    lab, _, (_, out, _) = troubled
+def test_hostile_names_survive_every_place(troubled: tuple[Lab, tuple[int, str, str]]) -> None:
+    lab, (_, out, _) = troubled
     labels = [label.strip() for label in HOSTILE]
     assert [row.arm.strip() for row in lab.trials("troubled") if row.part == "hostile"] == labels
     assert {run.data.tags["deltalab.arm"].strip() for run in lab.trial_runs("troubled").values()} >= set(labels)
@@ -267,9 +290,10 @@ def test_hostile_names_survive_every_place(troubled: tuple[Lab, Path, Any]) -> N
         assert done.returncode == 0 and "[red]not red[/red]" in done.stdout, done.stderr
 
 
-def test_only_what_failed_is_run_again(troubled: tuple[Lab, Path, Any]) -> None:
-    lab, file, _ = troubled
-    (lab.folder / "away.txt").rename(lab.folder / "text.txt")
+def test_only_what_failed_is_run_again(troubled: tuple[Lab, tuple[int, str, str]], tmp_path: Path) -> None:
+    original, _ = troubled
+    lab, file = original.copy(tmp_path), original.folder / "troubled.yaml"
+    shutil.copy(original.folder / "away.txt", original.folder / "text.txt")
     before = {row.hash: row for row in lab.trials("troubled") if row.status != "failed"}
     done = lab.deltalab("run", file)
     assert done.returncode == 0, done.stdout + done.stderr

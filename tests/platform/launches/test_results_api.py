@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
-import deltalab
 import pandas as pd
 import pytest
+
+import deltalab
 from deltalab.errors import UserError
 from deltalab.platform.analysis.results import Results
 
@@ -31,7 +33,7 @@ def test_frame_has_a_row_per_trial(finished: Lab) -> None:
 
 def test_compare_is_the_commands(finished: Lab) -> None:
     found = deltalab.results("tiny", root=str(finished.root)).compare()
-    assert found.to_dict() == finished.compared()
+    assert json.loads(json.dumps(found.to_dict())) == finished.compared()
     other = deltalab.results("tiny", root=finished.root).compare("loss", baseline="gdn")
     assert [(part.metric, part.baseline) for part in other.parts] == [("test/loss", "gdn")] * 2
 
@@ -79,7 +81,13 @@ def factorial() -> Results:
     rows = []
     for gate, lr, seed in itertools.product(("none", "scalar"), (0.001, 0.01), (0, 1, 2)):
         value = 10.0 * seed + 0.2 * (gate == "scalar") + 0.1 * (lr == 0.01) + 0.05 * (gate == "scalar" and lr == 0.01)
-        row = {"seed": seed, "config.seed": seed, "config.recurrence.gate.name": gate, "config.training.lr": lr, "test/accuracy": value}
+        row = {
+            "seed": seed,
+            "config.seed": seed,
+            "config.recurrence.gate.name": gate,
+            "config.training.lr": lr,
+            "test/accuracy": value,
+        }
         rows.append(row | ({"config.recurrence.gate.floor": 0.5} if gate == "scalar" else {}))
     return grid(rows)
 
