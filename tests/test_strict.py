@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
-from deltalab.errors import UserError, nearest, shown, unknown
-from deltalab.strict import build, check_ascending, item, join, option, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from deltalab.errors import UserError, nearest, shown, unknown
+from deltalab.strict import build, check_ascending, item, join, option, plain
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deltalab.errors import UserError
-from deltalab.yaml_file import parse, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from deltalab.errors import UserError
+from deltalab.yaml_file import parse, read
 
 
 @pytest.mark.parametrize(

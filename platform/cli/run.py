@@ -95,7 +95,7 @@ def _suggest(given: str, study: Study, root: str | None, out: Console) -> None:
     where = f" --root {shlex.quote(root)}" if root else ""
     seeds = max(len(part.seeds) for part in study.parts)
     commands = {
-        f"deltalab compare {study.name} --format markdown{where}": "the table for a paper or an issue",
+        f"deltalab compare {study.name} --format markdown{where}": "for a paper",
         f"deltalab ui{where}": "the same runs in the MLflow UI",
         f"deltalab run {shlex.quote(given)} seeds={max(5, 2 * seeds)}{where}": "more seeds, narrower intervals",
     }

@@ -48,7 +48,9 @@ def ui(
     out.print(f"MLflow UI at [bold]http://{host}:{port}[/]   (Ctrl-C stops it)")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", place.mlflow, "--host", host, "--port", str(port)]
     command += ["--default-artifact-root", place.artifacts.as_uri(), "--workers", "1"]
-    raise typer.Exit(_serve(command, {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}))
+    # The server's job runner is for its LLM features: seven more processes, which a table of runs does not need.
+    settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    raise typer.Exit(_serve(command, {**settings, **os.environ}))
 
 
 def _serve(command: list[str], environment: dict[str, str]) -> int:

@@ -113,7 +113,7 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str
         first, _, rest = key.partition(".")
         if first not in (*_EVERYWHERE, *fields_of(StudyConfig)):
             hint = _full_path(key)
-            valid = (*_EVERYWHERE, *fields_of(StudyConfig))
+            valid = dict.fromkeys((*_EVERYWHERE, *fields_of(StudyConfig)))
             raise (
                 UserError(f"override {key}: unknown key {key!r}. Did you mean {hint!r}?")
                 if hint

@@ -16,6 +16,8 @@ from rich.table import Column
 from .trial import Outcome, Points
 
 REFRESHES_PER_SECOND = 4
+SPEED_SECONDS = 2.0
+"""A speed that was measured for less long is none."""
 NAME_WIDTH = 36
 """Of a terminal's 80 columns, what is left beside a bar and the longest words."""
 
@@ -49,7 +51,8 @@ class Display:
         self.fraction = dict.fromkeys(weights, 0.0)
         self.resumed = dict.fromkeys(weights, 0.0)
         """The part of a trial that an earlier launch did: it says nothing about this one's speed."""
-        self.began: float | None = None
+        self.began: tuple[float, float] | None = None
+        """Time and work done at the first report: before it, workers were starting, which says nothing about the speed."""
         self.running: dict[str, _Running] = {}
         self.live = console.is_terminal
         words = TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True))
@@ -69,7 +72,6 @@ class Display:
             yield
 
     def started(self, trial: str) -> None:
-        self.began = self.began or time.monotonic()
         if trial not in self.running:
             bar = self.bars.add_task(f"  {escape(self.names[trial])}", total=1.0, words="starting")
             self.running[trial] = _Running(self.names[trial], bar, self.steps[trial])
@@ -80,6 +82,7 @@ class Display:
         if len({at for _, at, _ in points}) > 1:
             self.resumed[trial] = fraction
         self.fraction[trial] = fraction
+        self.began = self.began or (time.monotonic(), self._done())
         losses = [value for name, _, value in points if name == "train/loss"]
         loss = f"loss {losses[-1]:.3f}" if losses else ""
         running = self.running.get(trial)
@@ -113,13 +116,23 @@ class Display:
 
     def seconds_left(self) -> float | None:
         """Work left over the speed so far, in training tokens; None before there is a speed."""
-        done = sum(weight * (self.fraction[trial] - self.resumed[trial]) for trial, weight in self.weights.items())
+        if self.began is None:
+            return None
+        began, before = self.began
+        done, seconds = self._done() - before, time.monotonic() - began
+        if done <= 0 or seconds < SPEED_SECONDS:
+            return None
         left = sum(weight * (1 - self.fraction[trial]) for trial, weight in self.weights.items())
-        return left * (time.monotonic() - self.began) / done if done > 0 and self.began is not None else None
+        return left * seconds / done
+
+    def _done(self) -> float:
+        """Training tokens that this launch has worked off."""
+        return sum(weight * (self.fraction[trial] - self.resumed[trial]) for trial, weight in self.weights.items())
 
     def _words(self) -> str:
         left = self.seconds_left()
-        words = f"{self.done}/{self.total} done, {len(self.running)} running, {self.failed} failed"
+        running = f"{len(self.running)} running" if self.running or self.began else "workers starting"
+        words = f"{self.done}/{self.total} done, {running}, {self.failed} failed"
         return words + (f", about {duration(left)} left" if left else "")
 
     def _refresh(self) -> None:

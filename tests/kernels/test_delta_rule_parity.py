@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from deltalab.kernels import chunked, delta_rule, layout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from deltalab.kernels import chunked, delta_rule, layout
 
 GATES = ["none", "scalar", "channel"]
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from deltalab.kernels import backends, delta_rule, resolve_backend
 
 GATES = ["none", "scalar", "channel"]

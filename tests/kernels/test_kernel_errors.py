@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from deltalab.errors import UserError
 from deltalab.kernels import delta_rule, diagonal_scan, hypergradient_scan, resolve_backend
 

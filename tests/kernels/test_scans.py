@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from deltalab.kernels import delta_rule, diagonal_scan, hypergradient_scan, scans
 from torch.nn.functional import normalize
+
+from deltalab.kernels import delta_rule, diagonal_scan, hypergradient_scan, scans
 
 LENGTHS = [1, 2, 63, 64, 65, 130]
 F64 = torch.float64

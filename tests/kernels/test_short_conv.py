@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from deltalab.kernels.short_conv import short_convolution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from deltalab.kernels.short_conv import short_convolution
 
 
 def definition(x: Tensor, weight: Tensor, past: Tensor | None = None) -> Tensor:

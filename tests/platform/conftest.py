@@ -22,6 +22,7 @@ from typing import Any
 
 import psycopg
 import pytest
+
 from deltalab.platform.tracking import sqlite_url
 
 UNPRIVILEGED = "nobody"

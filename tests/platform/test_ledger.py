@@ -9,8 +9,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from deltalab.platform.tracking import Ledger, TrialPlan
 from sqlalchemy import text
+
+from deltalab.platform.tracking import Ledger, TrialPlan
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from sqlalchemy import create_engine, inspect, text
+
 from deltalab.errors import UserError
 from deltalab.platform.tracking import Ledger, TrialPlan, sqlite_url
 from deltalab.platform.tracking.database import known_revisions, migrate, parse_url, show, writer
 from deltalab.platform.tracking.schema import HEAD, Base
-from sqlalchemy import create_engine, inspect, text
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 OrdinaryUser = Callable[[], AbstractContextManager[None]]
@@ -53,6 +54,7 @@ def test_the_migrations_make_the_tables_of_the_schema(ledger_url: str) -> None:
 
 def test_down_to_nothing_and_up_again(ledger_url: str) -> None:
     from alembic import command
+
     from deltalab.platform.tracking.database import _script_config
 
     with Ledger.open(ledger_url) as ledger:

@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from deltalab.errors import UserError
 from deltalab.platform.tasks import IGNORE, PreparedTask, build_task
 from deltalab.platform.tasks import lm as module
 from deltalab.platform.tasks.corpus import cut_text, divide_documents
 from deltalab.platform.tasks.lm import LmSplit
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SPLITS = ("train", "validation", "test")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from deltalab.errors import UserError
 from deltalab.platform.tracking import MlflowWriter, sqlite_url
 from deltalab.platform.tracking.mlflow_names import safe_name

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from deltalab.errors import UserError
 from deltalab.platform.tasks import IGNORE, PreparedTask, build_task
 from deltalab.platform.tasks import mqar as module
 from deltalab.platform.tasks.mqar import MqarConfig, examples, oracle
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TINY = {"name": "mqar", "vocab": 64, "length": 24, "pairs": 4, "train_examples": 50, "validation_examples": 7, "test_examples": 5}
 SPLITS = ("train", "validation", "test")

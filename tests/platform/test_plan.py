@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
 from deltalab.errors import UserError
 from deltalab.platform.config import BOOKKEEPING, ModelConfig, TrainingConfig, load_study
 from deltalab.platform.study import MEASURES, Plan, build_model, full_name, plan_study
 from deltalab.platform.study.measures import measured
 from deltalab.recurrences import spec_from_mapping
 from deltalab.strict import build, fields_of
-from hypothesis import given
-from hypothesis import strategies as st
 
 TASK = {"name": "mqar", "vocab": 16, "length": 16, "pairs": 2, "train_examples": 20, "validation_examples": 4, "test_examples": 4}
 STUDY: dict[str, Any] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
 from deltalab import __version__
 from deltalab.platform.tracking.provenance import git_state, provenance, run_tags
 

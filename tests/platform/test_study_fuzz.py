@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from deltalab.errors import UserError
 from deltalab.platform.config import load_study
 from deltalab.platform.study import plan_study
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 TASK = {"name": "mqar", "vocab": 16, "length": 16, "pairs": 2, "train_examples": 20, "validation_examples": 4, "test_examples": 4}
 

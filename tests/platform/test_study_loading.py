@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from deltalab.platform.config import Study, load_study, study_names
 from deltalab.platform.config.loader import combine
 from deltalab.platform.config.schema import COMPONENTS

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from deltalab import yaml_file
 from deltalab.errors import UserError
 from deltalab.platform.config import load_study

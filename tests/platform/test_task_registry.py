@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field, fields
 
 import pytest
+
 from deltalab.errors import UserError
 from deltalab.platform.tasks import Task, build_task, effective, register, task_class, task_names
 

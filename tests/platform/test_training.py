@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -236,7 +237,7 @@ def test_learning_rate_by_hand() -> None:
     assert rates[:2] == [0.5, 1.0]  # two steps of warm-up
     assert rates[2] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.1)
     assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
-    assert all(a >= b for a, b in zip(rates[2:], rates[3:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 1.0), (2, 0.5), (5, 1.0), (3, 0.01)])

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from deltalab import registry
 from deltalab.recurrences import Mixer
-from torch import Tensor
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
 from deltalab import LanguageModel, Mixer, registry
 from deltalab.errors import UserError
 from deltalab.recurrences import AttentionSpec
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 CARDS = registry.names()
 every_card = pytest.mark.parametrize("card", CARDS)

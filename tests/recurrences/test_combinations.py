@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from deltalab import LanguageModel, Mixer, registry
-from deltalab.errors import UserError
-from deltalab.recurrences import AXES, RecurrenceSpec, components, spec_from_mapping
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
+
+from deltalab import LanguageModel, Mixer, registry
+from deltalab.errors import UserError
+from deltalab.recurrences import AXES, RecurrenceSpec, components, spec_from_mapping
 
 GATES, STEPS = list(components("gate")), list(components("step_size"))
 THINGS = list(itertools.product(components("preconditioner"), components("forgetting"), ("delta", "none")))

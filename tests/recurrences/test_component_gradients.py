@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from deltalab import Mixer, registry
-from deltalab.recurrences import HeadShape, choose, components, initialise
-from deltalab.recurrences.component import Component, Forget, GateOutput
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import normalize
+
+from deltalab import Mixer, registry
+from deltalab.recurrences import HeadShape, choose, components, initialise
+from deltalab.recurrences.component import Component, Forget, GateOutput
 
 SHAPE = HeadShape(width=4, heads=2, key=3, value=2)
 B, T = 2, 5

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from deltalab import LanguageModel, Mixer, registry
 from deltalab.recurrences import HeadShape, choose, initialise
-from torch import nn
 
 CARDS = registry.names()
 SIZES: dict[str, Any] = {"vocab": 37, "width": 16, "layers": 2, "heads": 2, "mlp_ratio": 2.0, "tied": False}

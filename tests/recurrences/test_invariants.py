@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
 from deltalab import Mixer, registry
 from deltalab.kernels import delta_rule, hypergradient_scan
 from deltalab.recurrences import HeadShape, choose
 from deltalab.recurrences.component import GateOutput
-from torch import Tensor
-from torch.nn.functional import normalize
 
 MixerOf = Callable[..., Mixer]
 ATOL = {"rtol": 1e-10, "atol": 1e-10}

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deltalab import Mixer
 from numpy.typing import NDArray
+
+from deltalab import Mixer
 
 Array = NDArray[np.float64]
 MixerOf = Callable[..., Mixer]

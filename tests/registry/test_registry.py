@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from deltalab import registry
 from deltalab.errors import UserError
 from deltalab.recurrences import AttentionSpec, RecurrenceSpec

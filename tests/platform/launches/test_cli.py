@@ -255,7 +255,7 @@ def test_ui_shows_the_experiments_and_leaves_nothing_behind(finished: Lab, tmp_p
     try:
         page = wait(lambda: _get(f"http://127.0.0.1:{port}/"), process=server)
         assert "MLflow" in page
-        listed = json.loads(_get(f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=10") or "")
+        listed = json.loads(wait(lambda: _get(f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=10")))
         assert "tiny" in [experiment["name"] for experiment in listed["experiments"]]
         taken = lab.deltalab("ui", "--port", port)
         assert taken.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in taken.stderr
@@ -263,11 +263,11 @@ def test_ui_shows_the_experiments_and_leaves_nothing_behind(finished: Lab, tmp_p
         ours = [line.split()[0] for line in listing.splitlines() if "mlflow" in line and str(port) in line]
         assert ours
         server.send_signal(signal.SIGINT)  # to this process alone, not to the group as a terminal would
-        out, err = server.communicate(timeout=30)
+        out, err = server.communicate(timeout=60)
     finally:
         if server.poll() is None:
-            server.kill()
-            server.communicate()
+            server.terminate()
+            server.communicate(timeout=60)
     assert server.returncode == 0 and "Traceback" not in out + err
     assert f"MLflow UI at http://127.0.0.1:{port}" in out
     left = subprocess.run(["ps", "-axo", "pid=,stat="], capture_output=True, text=True, check=True).stdout

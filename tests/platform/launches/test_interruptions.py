@@ -1,4 +1,4 @@
-"""Kills at bad moments, each followed by the same command again: the end is what an uninterrupted launch gives, to the last bit."""
+"""Kills at bad moments, each followed by the same command again: the end is that of an undisturbed launch, to the last bit."""
 
 from __future__ import annotations
 
