@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,7 +73,8 @@ def run(
     did = f"{_trials(summary.ran)} ran in {duration(summary.seconds)}" if summary.ran else "nothing left to run"
     out.print(f"Study [bold]{loaded.name}[/]: {words}; {did}.\n")
     _show(loaded.name, place, out)
-    _suggest(study, loaded, root, out)
+    again = [study, *(text for text in overrides or [] if not text.startswith("seeds="))]
+    _suggest(shlex.join(again), loaded, root, out)
     raise typer.Exit(summary.exit_code)
 
 
@@ -91,13 +94,14 @@ def _show(study: str, place: DataRoot, out: Console) -> None:
 
 
 def _suggest(given: str, study: Study, root: str | None, out: Console) -> None:
-    """What to type next, in full."""
+    """What to type next, in full; the program as this shell finds it (`make quickstart` runs it from the environment's folder)."""
+    program = "deltalab" if shutil.which("deltalab") else os.path.relpath(sys.argv[0])
     where = f" --root {shlex.quote(root)}" if root else ""
     seeds = max(len(part.seeds) for part in study.parts)
     commands = {
-        f"deltalab compare {study.name} --format markdown{where}": "for a paper",
-        f"deltalab ui{where}": "the same runs in the MLflow UI",
-        f"deltalab run {shlex.quote(given)} seeds={max(5, 2 * seeds)}{where}": "more seeds, narrower intervals",
+        f"{program} compare {study.name} --format markdown{where}": "for a paper",
+        f"{program} ui{where}": "the same runs in the MLflow UI",
+        f"{program} run {given} seeds={max(5, 2 * seeds)}{where}": "more seeds, narrower intervals",
     }
     out.print("\nNext:")
     for command, words in commands.items():

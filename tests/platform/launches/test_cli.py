@@ -201,7 +201,7 @@ def test_brackets_in_messages_are_kept(cli: Cli, tmp_path: Path) -> None:
 def test_compare_in_every_format(cli: Cli, finished: Lab) -> None:
     for form, words in (
         ("table", "tiny/recall: test/accuracy on mqar v1"),
-        ("json", '"study": "tiny"'),
+        ("json", finished.rendered("tiny", "json")),
         ("csv", "tiny,recall,mqar,1,test/accuracy,linear_attention"),
         ("markdown", "| arm | n | accuracy |"),
         ("latex", r"\begin{tabular}"),
@@ -259,7 +259,7 @@ def test_ui_shows_the_experiments_and_leaves_nothing_behind(finished: Lab, tmp_p
         assert "tiny" in [experiment["name"] for experiment in listed["experiments"]]
         taken = lab.deltalab("ui", "--port", port)
         assert taken.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in taken.stderr
-        listing = subprocess.run(["ps", "-axo", "pid=,command="], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True, check=True).stdout
         ours = [line.split()[0] for line in listing.splitlines() if "mlflow" in line and str(port) in line]
         assert ours
         server.send_signal(signal.SIGINT)  # to this process alone, not to the group as a terminal would

@@ -39,7 +39,7 @@ def undisturbed(once: Callable[..., Any]) -> Lab:
 
 def _processes() -> dict[int, tuple[int, str]]:
     """pid -> (parent, command) of everything that is not a zombie."""
-    listed = subprocess.run(["ps", "-axo", "pid=,ppid=,stat=,command="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-axww", "-o", "pid=,ppid=,stat=,command="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 3) for line in listed.splitlines()]
     return {int(row[0]): (int(row[1]), row[3] if len(row) > 3 else "") for row in rows if not row[2].startswith("Z")}
 

@@ -278,12 +278,12 @@ def test_hostile_names_survive_every_place(troubled: tuple[Lab, tuple[int, str, 
     assert {run.data.tags["deltalab.arm"].strip() for run in lab.trial_runs("troubled").values()} >= set(labels)
     arms = [arm["arm"].strip() for arm in lab.compared("troubled")["parts"][0]["arms"]]
     assert arms == labels
-    table = lab.deltalab("compare", "troubled", "--format", "csv").stdout
+    table = lab.rendered("troubled", "csv")
     assert [row["arm"].strip() for row in csv.DictReader(io.StringIO(table)) if row["part"] == "hostile"] == labels
     assert "[red]not red[/red] [/] [1] seed 0" in out and "名前 é ± :warning: 🙂 seed 0" in out
-    latex = lab.deltalab("compare", "troubled", "--format", "latex").stdout
+    latex = lab.rendered("troubled", "latex")
     assert r"100 \% \& \$x\_1\textasciicircum{}2\$ \#\{\}\textasciitilde{}\textless{}\textgreater{}| \textbackslash{}n" in latex
-    markdown = lab.deltalab("compare", "troubled", "--format", "markdown").stdout
+    markdown = lab.rendered("troubled", "markdown")
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 8 for line in markdown.splitlines() if line.startswith("|"))
     for command in (("status",), ("compare",)):
         done = lab.deltalab(*command, "troubled")
