@@ -13,7 +13,7 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Mixer", "LanguageModel", "UserError", "__version__", "delta_rule", "registry", "results"]
+__all__ = ["LanguageModel", "Mixer", "UserError", "__version__", "delta_rule", "registry", "results"]
 
 _HOMES = {
     "Mixer": "deltalab.recurrences",

@@ -94,7 +94,7 @@ def _show(study: str, place: DataRoot, out: Console) -> None:
 
 
 def _suggest(given: str, study: Study, root: str | None, out: Console) -> None:
-    """What to type next, in full; the program as this shell finds it (`make quickstart` runs it from the environment's folder)."""
+    """What to type next, in full; the program as this shell finds it (after `make quickstart`, in the environment's folder)."""
     program = "deltalab" if shutil.which("deltalab") else os.path.relpath(sys.argv[0])
     where = f" --root {shlex.quote(root)}" if root else ""
     seeds = max(len(part.seeds) for part in study.parts)
