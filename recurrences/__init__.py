@@ -1,9 +1,10 @@
 """Floor 2: what a recurrence is. Components, specs, the mixer they make, and the language model around it."""
 
+from .attention import SoftmaxAttention
 from .component import AXES, Choice, Component, HeadShape, choose, component, components
 from .initialise import initialise
 from .language_model import LanguageModel
-from .mixer import Mixer, MixerState
+from .mixer import Mixer, MixerState, RecurrentMixer
 from .spec import About, AttentionSpec, Block, MixerSpec, QueryKey, RecurrenceSpec, spec_from_mapping
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "MixerState",
     "QueryKey",
     "RecurrenceSpec",
+    "RecurrentMixer",
+    "SoftmaxAttention",
     "choose",
     "component",
     "components",

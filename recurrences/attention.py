@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .initialise import initialise
-from .layers import Projection, ShortConvolution
+from .layers import Projection
 from .mixer import Mixer, MixerState
 from .spec import AttentionSpec
 
@@ -29,18 +29,14 @@ def rotate(x: Tensor, start: int, base: float) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
 
 
-class SoftmaxAttention(Mixer):
+class SoftmaxAttention(Mixer, spec=AttentionSpec):
     """Causal multi-head attention with the same projections and short convolution as the recurrences it is compared with."""
 
     def __init__(
         self, spec: AttentionSpec, width: int, heads: int, backend: str = "auto", seed: int | None = None, **block: Any
     ) -> None:
         super().__init__(spec, width, heads, backend, seed, **block)
-        shape = self.shape
         self.spec = spec
-        self.sizes = [heads * shape.key, heads * shape.key, heads * shape.value]
-        self.in_proj = Projection(width, sum(self.sizes))
-        self.conv = ShortConvolution(sum(self.sizes), self.block.short_conv) if self.block.short_conv else None
         self.out_proj = Projection(self.sizes[2], width)
         initialise(self, seed)
 

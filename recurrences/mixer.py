@@ -20,7 +20,7 @@ from ..strict import build, plain
 from .component import HeadShape
 from .initialise import initialise
 from .layers import Projection, RMSNorm, ShortConvolution, feature_map, l2_normalise
-from .spec import AttentionSpec, Block, MixerSpec, RecurrenceSpec
+from .spec import Block, MixerSpec, RecurrenceSpec
 
 
 @dataclass
@@ -48,6 +48,10 @@ class MixerState:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
 
+_MIXERS: dict[type, type[Mixer]] = {}
+"""Kind of spec -> the mixer that is built from it."""
+
+
 class Mixer(nn.Module):
     """A sequence mixer, x [B,T,D] -> y [B,T,D], built from a spec.
 
@@ -60,25 +64,30 @@ class Mixer(nn.Module):
     Errors: `UserError` (a ValueError) for sizes that do not fit and for unknown block options.
     """
 
-    def __new__(cls, spec: MixerSpec, *args: Any, **kwargs: Any) -> Mixer:
-        if cls is Mixer:
-            if isinstance(spec, AttentionSpec):
-                from .attention import SoftmaxAttention
+    def __init_subclass__(cls, spec: type[MixerSpec] | None = None, **kwargs: Any) -> None:
+        """`class RecurrentMixer(Mixer, spec=RecurrenceSpec)`: the class that `Mixer(...)` gives for such a spec."""
+        super().__init_subclass__(**kwargs)
+        if spec is not None:
+            _MIXERS[spec] = cls
 
-                cls = SoftmaxAttention
-            elif isinstance(spec, RecurrenceSpec):
-                cls = RecurrentMixer
-            else:
+    def __new__(cls, spec: MixerSpec | None = None, *args: Any, **kwargs: Any) -> Mixer:
+        if cls is Mixer:
+            if type(spec) not in _MIXERS:
                 raise UserError(f"spec: expected a RecurrenceSpec (registry.load('gdn')), got {type(spec).__name__}")
-        return super().__new__(cls)
+            return super().__new__(_MIXERS[type(spec)])
+        return super().__new__(cls)  # copy and pickle come here, with the class alone
 
     def __init__(
         self, spec: MixerSpec, width: int, heads: int, backend: str = "auto", seed: int | None = None, **block: Any
     ) -> None:
+        """What every mixer has: q, k, v in one projection, and their short convolution."""
         super().__init__()
         self.block: Block = build(Block, {**plain(spec.block), **block}, "block")
         self.shape = head_shape(width, heads, self.block)
         self.backend = backend
+        self.sizes = [heads * self.shape.key, heads * self.shape.key, heads * self.shape.value]
+        self.in_proj = Projection(width, sum(self.sizes))
+        self.conv = ShortConvolution(sum(self.sizes), self.block.short_conv) if self.block.short_conv else None
 
     @overload
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -116,7 +125,7 @@ def head_shape(width: int, heads: int, block: Block) -> HeadShape:
     return HeadShape(width, heads, key, int(wanted))
 
 
-class RecurrentMixer(Mixer):
+class RecurrentMixer(Mixer, spec=RecurrenceSpec):
     """One recurrence: q, k, v -> gate, step size, preconditioner -> delta_rule -> norm, output gate, projection."""
 
     def __init__(
@@ -125,9 +134,6 @@ class RecurrentMixer(Mixer):
         super().__init__(spec, width, heads, backend, seed, **block)
         shape = self.shape
         self.spec = spec
-        self.sizes = [heads * shape.key, heads * shape.key, heads * shape.value]
-        self.in_proj = Projection(width, sum(self.sizes))
-        self.conv = ShortConvolution(sum(self.sizes), self.block.short_conv) if self.block.short_conv else None
         self.gate = spec.gate.build(shape)
         self.step_size = spec.step_size.build(shape)
         self.preconditioner = spec.preconditioner.build(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,7 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...errors import unknown
-from .app import console
+from .app import Root, console
+
+if TYPE_CHECKING:
+    from ..tracking import StudyRow
 
 KINDS = ("recurrences", "components", "tasks", "studies")
 
@@ -26,8 +29,9 @@ def list_things(
     kind: Annotated[
         str | None, typer.Argument(metavar="[recurrences|components|tasks|studies]", help="What to list; default: all.")
     ] = None,
+    root: Root = None,
 ) -> None:
-    """List recurrences, components, tasks and studies.
+    """List recurrences, components, tasks and studies: the shipped ones, and those that were run under the data root.
 
     Examples:
 
@@ -40,7 +44,7 @@ def list_things(
     out = console()
     for chosen in [kind] if kind else KINDS:
         table = Table(title=chosen, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
-        for row in _ROWS[chosen]():
+        for row in [*_ROWS[chosen](), *(_run_studies(root) if chosen == "studies" else [])]:
             table.add_row(*[escape(cell) for cell in row])
         out.print(table)
         out.print()
@@ -83,11 +87,35 @@ def _studies() -> list[tuple[str, ...]]:
     return [(name, load_study(name).description) for name in study_names()]
 
 
+def _run_studies(root: str | None) -> list[tuple[str, ...]]:
+    """The studies of the ledger, with where their trials stand."""
+    return [
+        (row.study, f"run here: {row.finished} of {row.trials} trials finished, {row.launches} launches")
+        for row in _ledger_studies(root)
+    ]
+
+
+def _ledger_studies(root: str | None) -> list[StudyRow]:
+    from ..config import DataRoot
+    from ..tracking import Ledger, NoResultsError
+
+    try:
+        with Ledger.open(DataRoot.find(root).ledger, create=False) as ledger:
+            return ledger.studies()
+    except NoResultsError:
+        return []
+
+
 _ROWS = {"recurrences": _recurrences, "components": _components, "tasks": _tasks, "studies": _studies}
 
 
-def describe(name: Annotated[str, typer.Argument(help="A recurrence, component, task or study; or a card's YAML file.")]) -> None:
+def describe(
+    name: Annotated[str, typer.Argument(help="A recurrence, component, task or study; or a card's YAML file.")],
+    root: Root = None,
+) -> None:
     """Explain one recurrence, component, task or study: equation, source, settings, caveats.
+
+    A study may also be one that was run under the data root: its latest launch is shown.
 
     Examples:
 
@@ -117,8 +145,18 @@ def describe(name: Annotated[str, typer.Argument(help="A recurrence, component, 
     if name in study_names():
         _describe_study(name, out)
         found = True
+    run_here = [row.study for row in _ledger_studies(root)]
+    if name in run_here:
+        _describe_launch(name, root, out)
+        found = True
     if not found:
-        everything = [*registry.names(), *(n for axis in AXES for n in components(axis)), *task_names(), *study_names()]
+        everything = [
+            *registry.names(),
+            *(n for axis in AXES for n in components(axis)),
+            *task_names(),
+            *study_names(),
+            *run_here,
+        ]
         raise unknown("name", name, set(everything))
 
 
@@ -136,7 +174,7 @@ def _describe_card(name: str, out: Console) -> None:
         for axis, choice in spec.choices().items():
             table.add_row(axis.replace("_", " "), escape(str(choice)), escape(choice.component.equation()))
         table.add_row("erase", spec.erase, "")
-        table.add_row("q, k", f"normalise q {spec.qk.normalise_q}, k {spec.qk.normalise_k}", "")
+        table.add_row("q, k", f"features {spec.qk.feature_map}", f"normalise q {spec.qk.normalise_q}, k {spec.qk.normalise_k}")
         out.print(table)
     model = LanguageModel(spec, vocab=256, width=64, layers=2, heads=2, seed=0)
     out.print(f"\n2 layers, width 64, 2 heads, 256 tokens of vocabulary: {model.parameter_count():,} parameters, "
@@ -173,6 +211,21 @@ def _describe_study(name: str, out: Console) -> None:
             if content:
                 settings = ", ".join(f"{key} {value}" for key, value in content.items())
                 out.print(f"  {section}: {escape(settings)}")
+
+
+def _describe_launch(name: str, root: str | None, out: Console) -> None:
+    from ..config import DataRoot
+    from ..tracking import Ledger
+
+    with Ledger.open(DataRoot.find(root).ledger, create=False) as ledger:
+        launch = ledger.latest_launch(name)
+    if launch is None:
+        return
+    out.print(f"[bold]{escape(name)}[/]  launch {launch.id}, {launch.status}, {launch.created_at:%Y-%m-%d %H:%M} UTC")
+    out.print(f"  {escape(launch.command)}", soft_wrap=True)
+    for part in launch.config["parts"]:
+        compared = f"{', '.join(part['arms'])} (baseline {part['baseline']}, {part['metric']} on {part['task']})"
+        out.print(f"  {escape(part['name'] or name)}: {escape(compared)}")
 
 
 def _options(config: Any, out: Console) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import tune
 
-from .executor import Listener, Stop
+from .stop import Listener, Stop
 from .trial import Outcome
 
 

@@ -20,9 +20,10 @@ from ..study import MEASURES, Plan, PlannedTrial, plan_study
 from ..tasks import Progress
 from ..tracking import Ledger, MlflowWriter, TrialPlan, TrialRow, TrialStatus, provenance
 from .display import Display, duration
-from .executor import Stop, check_local_resources, execute, ray_cluster
+from .executor import check_local_resources, execute, ray_cluster
 from .lock import only_launch
 from .recorder import Recorder
+from .stop import Stop
 from .trial import Job, Outcome, Points
 
 LaunchEnd = Literal["finished", "failed", "interrupted"]

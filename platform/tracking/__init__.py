@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .database import sqlite_url
+from .database import NoResultsError, sqlite_url
 from .ledger import Ledger
 from .mlflow_writer import MlflowWriter
 from .provenance import provenance
@@ -13,6 +13,7 @@ __all__ = [
     "LaunchStatus",
     "Ledger",
     "MlflowWriter",
+    "NoResultsError",
     "PointRow",
     "StudyRow",
     "TrialEnd",

@@ -145,8 +145,12 @@ def check_reachable(url: URL, what: str) -> None:
         engine.dispose()
 
 
-def no_results(place: object) -> UserError:
-    return UserError(f"no results yet under {place}; run `deltalab run STUDY` first")
+class NoResultsError(UserError):
+    """There is no ledger yet: nothing has been run under this root."""
+
+
+def no_results(place: object) -> NoResultsError:
+    return NoResultsError(f"no results yet under {place}; run `deltalab run STUDY` first")
 
 
 def _engine(url: URL) -> Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -314,3 +315,12 @@ def test_attention_at_a_position_is_the_textbook_formula(mixer_of: Callable[...,
         outputs.append(scores.softmax(0) @ v[: t + 1])
     expected = torch.stack(outputs) @ mixer.out_proj.weight.T
     torch.testing.assert_close(mixer(x)[0], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gdn", "osdn", "softmax"])
+def test_a_mixer_can_be_copied_and_pickled(name: str) -> None:
+    mixer = Mixer(registry.load(name), width=8, heads=2, seed=0)
+    x = torch.randn(1, 5, 8)
+    for twin in (copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer))):
+        assert type(twin) is type(mixer)
+        assert torch.equal(twin(x), mixer(x))

@@ -61,7 +61,7 @@ def test_help_names_every_command(cli: Cli) -> None:
 def test_help_of_a_command_shows_examples(cli: Cli, command: str) -> None:
     code, out, _ = cli(command, "--help")
     assert code == 0 and re.search(rf"Examples?:\s.*deltalab {command}", out, re.DOTALL)
-    assert "--root" in out or command in ("list", "describe")
+    assert "--root" in out
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, ""])
@@ -100,6 +100,16 @@ def test_describe_explains_everything(cli: Cli) -> None:
     for name in sorted(names):
         code, out, err = cli("describe", name)
         assert code == 0 and name in out and len(out) > 40, (name, err)
+
+
+def test_list_and_describe_know_the_studies_of_a_root(cli: Cli, finished: Lab, tmp_path: Path) -> None:
+    code, out, _ = cli("list", "studies", "--root", finished.root)
+    assert code == 0 and "tiny" in out and "trials finished" in out
+    code, out, _ = cli("describe", "tiny", "--root", finished.root)
+    assert code == 0 and "launch" in out and "baseline" in out
+    code, out, _ = cli("list", "studies", "--root", tmp_path / "nothing")
+    assert code == 0 and "run here" not in out
+    assert cli("describe", "tiny", "--root", tmp_path / "nothing")[0] == 2
 
 
 def test_describe_a_card_file(cli: Cli, tmp_path: Path) -> None:
