@@ -95,7 +95,8 @@ def _show(study: str, place: DataRoot, out: Console) -> None:
 
 def _suggest(given: str, study: Study, root: str | None, out: Console) -> None:
     """What to type next, in full; the program as this shell finds it (after `make quickstart`, in the environment's folder)."""
-    program = "deltalab" if shutil.which("deltalab") else os.path.relpath(sys.argv[0])
+    nearby = os.path.relpath(sys.argv[0])
+    program = "deltalab" if shutil.which("deltalab") else shlex.quote(sys.argv[0] if nearby.startswith("..") else nearby)
     where = f" --root {shlex.quote(root)}" if root else ""
     seeds = max(len(part.seeds) for part in study.parts)
     commands = {

@@ -31,6 +31,8 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Without it cuBLAS is not deterministic, whatever torch is told.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     # glibc hands every tensor over 128 KB back to the system and page-faults it in again: an eighth of a small model's step.
     # One arena, since a warm worker runs every trial in a new thread and each would keep an arena of its own (65 MB a trial).
     "MALLOC_ARENA_MAX": "1",

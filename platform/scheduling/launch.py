@@ -15,7 +15,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from ..config import DataRoot, Study
+from ..config import DataRoot, ResourcesConfig, Study
 from ..study import MEASURES, Plan, PlannedTrial, plan_study
 from ..tasks import Progress
 from ..tracking import Ledger, MlflowWriter, TrialPlan, TrialRow, TrialStatus, provenance
@@ -157,7 +157,7 @@ class _Launch:
         plan, resources = self.plan, self.plan.resources
         planned = {trial.hash: trial for trial in self.left}
         listener = _Listener(planned, self.rows, recorder, self.display, {part.name: part.metric for part in plan.parts})
-        jobs = [_job(trial, self.root, self.stop, resources.cpus_per_trial) for trial in self.left]
+        jobs = [_job(trial, self.root, self.stop, resources) for trial in self.left]
         with ExitStack() as ray:
             with _spinner(self.console, "starting Ray ..."):
                 ray.enter_context(ray_cluster(resources))
@@ -182,8 +182,16 @@ def _spinner(console: Console, words: str) -> AbstractContextManager[object]:
     return console.status(words) if console.is_terminal else nullcontext()
 
 
-def _job(trial: PlannedTrial, root: DataRoot, stop: Stop, threads: int) -> Job:
-    return Job(trial.hash, dict(trial.config), str(root.trials / trial.hash), str(root.cache), str(stop.file), threads)
+def _job(trial: PlannedTrial, root: DataRoot, stop: Stop, resources: ResourcesConfig) -> Job:
+    return Job(
+        hash=trial.hash,
+        config=dict(trial.config),
+        folder=str(root.trials / trial.hash),
+        cache=str(root.cache),
+        stop_file=str(stop.file),
+        threads=resources.cpus_per_trial,
+        gpus=resources.gpus_per_trial,
+    )
 
 
 def _display(left: Sequence[PlannedTrial], done: int, console: Console) -> Display:

@@ -39,6 +39,7 @@ class Job:
     cache: str
     stop_file: str
     threads: int
+    gpus: float = 0.0
 
 
 @dataclass
@@ -89,7 +90,7 @@ def _run(job: Job, folder: Path, report: Callable[[int, Points], None]) -> Outco
     data, task_metric = _data(job)
     training = build(TrainingConfig, job.config["training"], "training")
     model_config = build(ModelConfig, job.config["model"], "model")
-    hardware = prepare_device(job.threads, training.precision, model_config.width)
+    hardware = prepare_device(job.threads, training.precision, model_config.width, job.gpus > 0)
     memory = PeakMemory(hardware.device)
     seed = job.config["seed"]
     spec = spec_from_mapping(job.config["recurrence"])

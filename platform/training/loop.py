@@ -67,6 +67,8 @@ class Trainer:
         # Sums over the steps since the last report; part of the checkpoint, so that a resume reports the same means.
         self._sums = torch.zeros(2, dtype=torch.float64, device=hardware.device)
         self._since = 0
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+        """The epoch and its shuffled rows."""
         self.warning = self._resume()
         self._saved_at, self._save_cost = time.monotonic(), 0.0
 
@@ -122,10 +124,9 @@ class Trainer:
         """The rows of a step: epochs of all rows, each shuffled by (seed, epoch); a last incomplete batch is left out."""
         per_epoch = len(self.split) // self.config.batch
         epoch, position = divmod(step, per_epoch)
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
-        return self._order[position * self.config.batch : (position + 1) * self.config.batch]
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
+        return self._order[1][position * self.config.batch : (position + 1) * self.config.batch]
 
     def _clock(self) -> float:
         self.hardware.synchronise()
