@@ -109,7 +109,8 @@ def _add_part(plan: Plan, part: Part, arms: list[Arm], data_of: list[PreparedTas
     for arm, data in zip(arms, data_of, strict=True):
         _check_training(arm, data)
         config = _arm_config(arm, data)
-        arm_hash = digest({"part": part.name, **_decisive(config)})
+        decisive = {"part": part.name, **_decisive(config)}
+        arm_hash = digest(decisive)
         if arm_hash in first_name:
             plan.notes.append(
                 f"{_in(part)}the arms {first_name[arm_hash]!r} and {arm.name!r} are the same experiment; "
@@ -122,7 +123,7 @@ def _add_part(plan: Plan, part: Part, arms: list[Arm], data_of: list[PreparedTas
         parameters[arm.name] = check_model(arm, data.vocab)
         plan.notes += [f"{_in(part)}{arm.name}: {warning}" for warning in arm.spec.warnings()]
         for seed in part.seeds:
-            trial_hash = digest({"part": part.name, **_decisive(config), "seed": seed})
+            trial_hash = digest({**decisive, "seed": seed})
             plan.trials.append(
                 PlannedTrial(part.name, arm.name, seed, trial_hash, arm_hash, {**config, "seed": seed}, arm.spec.name, data)
             )

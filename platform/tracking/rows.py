@@ -34,28 +34,17 @@ class TrialPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class TrialRow:
-    """A trial as the ledger holds it. Times are UTC; `step` is the last step that was recorded."""
+class TrialRow(TrialPlan):
+    """A trial as the ledger holds it: its plan, and where it stands. Times are UTC; `step` is the last that was recorded."""
 
     id: int
     study: str
-    hash: str
-    arm: str
-    arm_hash: str
-    part: str
-    seed: int
-    recurrence: str
-    task: str
-    task_version: int
-    dataset_digest: str
-    config: Mapping[str, Any]
     status: TrialStatus
     error: str | None
     backend: str | None
     started_at: datetime | None
     finished_at: datetime | None
     step: int
-    total_steps: int
     attempts: int
     mlflow_run_id: str | None
 
