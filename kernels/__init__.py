@@ -9,6 +9,22 @@ This floor knows no component, no config and no training.
 
 from __future__ import annotations
 
-from .dispatch import backends, delta_rule, diagonal_scan, hypergradient_scan, resolve_backend
+from .dispatch import (
+    backends,
+    delta_rule,
+    diagonal_scan,
+    gram_solve,
+    hypergradient_scan,
+    inverse_gram_scan,
+    resolve_backend,
+)
 
-__all__ = ["backends", "delta_rule", "diagonal_scan", "hypergradient_scan", "resolve_backend"]
+__all__ = [
+    "backends",
+    "delta_rule",
+    "diagonal_scan",
+    "gram_solve",
+    "hypergradient_scan",
+    "inverse_gram_scan",
+    "resolve_backend",
+]

@@ -48,7 +48,9 @@ def check_delta_rule(
     check_chunk_size(chunk_size)
 
 
-def check_diagonal_scan(u: Tensor, log_decay: Tensor | None, initial: Tensor | None, chunk_size: int) -> None:
+def check_diagonal_scan(
+    u: Tensor, log_decay: Tensor | None, initial: Tensor | None, anchor: Tensor | float | None, chunk_size: int
+) -> None:
     """Raises `UserError` for the first argument of `diagonal_scan` that cannot be used."""
     B, T, H, K = _leading("u", u, "[B,T,H,K]")
     if log_decay is not None:
@@ -56,6 +58,7 @@ def check_diagonal_scan(u: Tensor, log_decay: Tensor | None, initial: Tensor | N
     if initial is not None:
         _shaped("initial", initial, "[B,H,K]", (B, H, K))
         _placed("initial", initial, u, "u")
+    _anchor(anchor, u, "u", (B, H, K))
     check_chunk_size(chunk_size)
 
 
@@ -67,6 +70,7 @@ def check_hypergradient_scan(
     initial: Tensor | None,
     box: tuple[float, float] | None,
     clip: str,
+    anchor: Tensor | float | None,
     chunk_size: int,
 ) -> None:
     """Raises `UserError` for the first argument of `hypergradient_scan` that cannot be used."""
@@ -85,6 +89,56 @@ def check_hypergradient_scan(
         _box(box)
     if clip not in CLIPS:
         raise unknown("clip", clip, CLIPS, "clip")
+    _anchor(anchor, s, "s", (B, H, K))
+    check_chunk_size(chunk_size)
+
+
+def check_inverse_gram_scan(
+    key: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    before: Tensor | None,
+    after: Tensor | None,
+    limit: float,
+    chunk_size: int,
+) -> None:
+    """Raises `UserError` for the first argument of `inverse_gram_scan` that cannot be used."""
+    B, T, H, K = _leading("key", key, "[B,T,H,K]")
+    _gram(key, "key", beta, log_decay, (B, T, H))
+    if initial is None:
+        raise UserError(f"initial: expected P_0 of shape [B,H,K,K] = {_show((B, H, K, K))}, positive definite, got None")
+    _shaped("initial", initial, "[B,H,K,K]", (B, H, K, K))
+    _placed("initial", initial, key, "key")
+    for name, rows in (("before", before), ("after", after)):
+        if rows is not None:
+            _like(name, rows, key, "key", "[B,T,H,K]", (B, T, H, K))
+    if isinstance(limit, bool) or not isinstance(limit, Real) or not float(limit) > 0:
+        raise UserError(f"limit: expected a number over 0, the largest mean diagonal of P, got {limit!r}")
+    check_chunk_size(chunk_size)
+
+
+def check_gram_solve(
+    q: Tensor,
+    key: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    ridge: Tensor,
+    initial: Tensor | None,
+    iterations: int,
+    chunk_size: int,
+) -> None:
+    """Raises `UserError` for the first argument of `gram_solve` that cannot be used."""
+    B, T, H, K = _leading("q", q, "[B,T,H,K]")
+    _like("key", key, q, "q", "[B,T,H,K]", (B, T, H, K))
+    _gram(q, "q", beta, log_decay, (B, T, H))
+    _shaped("ridge", ridge, "[H,K]", (H, K))
+    _placed("ridge", ridge, q, "q")
+    if initial is not None:
+        _shaped("initial", initial, "[B,H,K,K]", (B, H, K, K))
+        _placed("initial", initial, q, "q")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise UserError(f"iterations: expected a whole number of at least 1, got {iterations!r}")
     check_chunk_size(chunk_size)
 
 
@@ -144,6 +198,21 @@ def _per_token(name: str, tensor: object, like: Tensor, of: str, shape: tuple[in
     _shaped(name, tensor, "[B,T,H]", shape)
     assert isinstance(tensor, Tensor)
     _placed(name, tensor, like, of)
+
+
+def _gram(like: Tensor, of: str, beta: Tensor | None, log_decay: Tensor | None, shape: tuple[int, int, int]) -> None:
+    """The weights of a Gram matrix's recurrence."""
+    for name, tensor in (("beta", beta), ("log_decay", log_decay)):
+        if tensor is not None:
+            _per_token(name, tensor, like, of, shape)
+
+
+def _anchor(anchor: Tensor | float | None, like: Tensor, of: str, shape: tuple[int, int, int]) -> None:
+    if isinstance(anchor, Tensor):
+        _shaped("anchor", anchor, "[B,H,K]", shape)
+        _placed("anchor", anchor, like, of)
+    elif anchor is not None:
+        _number("anchor", anchor, instead="or a tensor [B,H,K] or None")
 
 
 def _decay(name: str, tensor: object, like: Tensor, shape: tuple[int, int, int], K: int) -> None:

@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 
 from ..errors import unknown
-from . import chunked, reference, scans, token_scan
-from .checks import check_delta_rule, check_diagonal_scan, check_hypergradient_scan
+from . import chunked, conjugate, inverse_gram, reference, scans, token_scan
+from .checks import (
+    check_delta_rule,
+    check_diagonal_scan,
+    check_gram_solve,
+    check_hypergradient_scan,
+    check_inverse_gram_scan,
+)
 from .precision import without_autocast, working_dtype
 
 _BACKENDS = ("reference", "torch")
@@ -81,21 +87,32 @@ def delta_rule(
 
 
 def diagonal_scan(
-    u: Tensor, log_decay: Tensor | None = None, initial: Tensor | None = None, backend: str = "auto", chunk_size: int = 64
+    u: Tensor,
+    log_decay: Tensor | None = None,
+    initial: Tensor | None = None,
+    backend: str = "auto",
+    chunk_size: int = 64,
+    anchor: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The forgetting sum of the diagonal preconditioner: A_t = exp(log_decay_t) A_{t-1} + u_t  [recurrences.md, section 4.1].
+    """The forgetting sum of the diagonal preconditioner  [recurrences.md, section 4.1]:
+
+        A_t = exp(log_decay_t) A_{t-1} + (1 - exp(log_decay_t)) anchor + u_t
 
     Args:
         u: [B,T,H,K]. log_decay: None or [B,T,H]. initial: A_0 [B,H,K], zeros when None.
         backend, chunk_size: as in `delta_rule`.
+        anchor: where forgetting leads, [B,H,K] or a number; None is 0. Without log_decay it has no effect.
 
     Returns: A [B,T,H,K], every token's own u included, and the last one [B,H,K]; both float32 or wider. Differentiable once.
     Errors: `UserError` (a ValueError) that names the argument.
     """
-    check_diagonal_scan(u, log_decay, initial, chunk_size)
+    check_diagonal_scan(u, log_decay, initial, anchor, chunk_size)
     backend = resolve_backend(backend, u.device)
-    dtype = working_dtype(u, log_decay, initial)
+    dtype = working_dtype(u, log_decay, initial, anchor if isinstance(anchor, Tensor) else None)
+    goal = _anchor(anchor, log_decay, u, dtype)
     B, _, H, K = u.shape
+    if goal is not None and log_decay is not None:
+        u = u + (1 - log_decay.to(dtype).exp())[..., None] * goal[:, None]
     first = u.new_zeros(B, H, K, dtype=dtype) if initial is None else initial
     if backend == "torch":
         return scans.diagonal_scan(u, log_decay, first, chunk_size, dtype)
@@ -112,10 +129,11 @@ def hypergradient_scan(
     clip: str = "token",
     backend: str = "auto",
     chunk_size: int = 64,
+    anchor: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The hypergradient preconditioner's own recurrence  [OSDN; recurrences.md, section 4.2], b = `aware` or 1 (beta-blind):
 
-        d_{t+1} = clip( exp(log_decay_t) d_t + step_t b_t (1 - b_t <d_t, s_t>) s_t, box )
+        d_{t+1} = clip( gamma_t d_t + (1 - gamma_t) anchor + step_t b_t (1 - b_t <d_t, s_t>) s_t, box ),  gamma = exp(log_decay)
 
     Args:
         s: squared unit keys k*k, [B,T,H,K].
@@ -127,13 +145,16 @@ def hypergradient_scan(
             of a chunk of `chunk_size` tokens (and of the sequence): faster, another function, to be named so in results;
             "none" ignores the box. At the edge of the box the gradient passes, beyond it it does not, as in torch.clamp.
         backend, chunk_size: as in `delta_rule`; with clip="chunk" the chunk size is part of the function.
+        anchor: where forgetting leads, [B,H,K] or a number; None is 0. Without log_decay it has no effect.
 
     Returns: d [B,T,H,K], each BEFORE its token's update, and d_{T+1} [B,H,K]; both float32 or wider. Differentiable once.
     Errors: `UserError` (a ValueError) that names the argument.
     """
-    check_hypergradient_scan(s, step, aware, log_decay, initial, box, clip, chunk_size)
+    check_hypergradient_scan(s, step, aware, log_decay, initial, box, clip, anchor, chunk_size)
     backend = resolve_backend(backend, s.device)
-    dtype = working_dtype(s, step if isinstance(step, Tensor) else None, aware, log_decay, initial)
+    numbers = [x for x in (step, anchor) if isinstance(x, Tensor)]
+    dtype = working_dtype(s, aware, log_decay, initial, *numbers)
+    goal = _anchor(anchor, log_decay, s, dtype)
     B, T, H, K = s.shape
     first = s.new_zeros(B, H, K, dtype=dtype) if initial is None else initial
     eta = step if isinstance(step, Tensor) else torch.full((B, T, H), float(step), dtype=dtype, device=s.device)
@@ -141,10 +162,114 @@ def hypergradient_scan(
     if backend == "reference":
         every = chunk_size if clip == "chunk" else 1
         b, gamma = _to(aware, dtype), _to(log_decay, dtype)
-        return reference.hypergradient_scan(s.to(dtype), eta.to(dtype), b, gamma, first.to(dtype), edges, every)
+        return reference.hypergradient_scan(s.to(dtype), eta.to(dtype), b, gamma, first.to(dtype), goal, edges, every)
     if edges is not None and clip == "token":
-        return token_scan.clipped_hypergradient_scan(s, eta, aware, log_decay, first, edges, dtype)
-    return scans.hypergradient_scan(s, eta, aware, log_decay, first, edges, chunk_size, dtype)
+        return token_scan.clipped_hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, dtype)
+    return scans.hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, chunk_size, dtype)
+
+
+def inverse_gram_scan(
+    key: Tensor,
+    beta: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    initial: Tensor | None = None,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    limit: float = 1e6,
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Recursive least squares: reads the inverse P_t = G_t^-1 of a forgetting Gram matrix  [recurrences.md, section 3].
+
+        G_t = alpha_t G_{t-1} + beta_t k_t k_t^T          G_0 = initial^-1, alpha = exp(log_decay)
+        u = P_{t-1} k_t        P_t = (P_{t-1} - beta_t u u^T / (alpha_t + beta_t k_t^T u)) / alpha_t
+
+    Forgetting winds P up along every direction that no key visits any more. Hence a token of a head forgets only where that
+    leaves the mean diagonal of P at most `limit`, that is where the mean diagonal of P_{t-1} is at most alpha_t limit;
+    elsewhere its alpha is 1 (and its log_decay has no gradient). `limit` is a number, not relative to `initial`: so a carried
+    state continues as one pass would.
+
+    Args:
+        key: k, [B,T,H,K]. beta: weight of each key, [B,T,H], at least 0; ones when None. log_decay: None or [B,T,H].
+        initial: P_0 [B,H,K,K], positive definite; its symmetric part is used. The caller has to choose it: I / ridge.
+        before: rows x [B,T,H,K] to read with P before their token's update, the keys when None.
+        after: rows y [B,T,H,K] to read with P after their token's update, or None.
+        limit: the largest mean diagonal of P that forgetting may lead to.
+        backend: "auto", "reference" (token loop) or "torch" (chunk form, tokens where rounding or `limit` ask for it).
+        chunk_size: tokens a chunk at most; matters for speed only.
+
+    Returns: P_{t-1} before_t [B,T,H,K], P_t after_t [B,T,H,K] (None without `after`) and the last P [B,H,K,K]; all float32 or
+    wider. Differentiable once in every tensor.
+    Errors: `UserError` (a ValueError) that names the argument.
+    """
+    check_inverse_gram_scan(key, beta, log_decay, initial, before, after, limit, chunk_size)
+    assert initial is not None
+    backend = resolve_backend(backend, key.device)
+    dtype = working_dtype(key, beta, log_decay, initial)
+    weight = key.new_ones(key.shape[:3], dtype=dtype) if beta is None else beta
+    rows = key if before is None else before
+    first = _symmetric(initial.to(dtype))
+    if backend == "torch":
+        return inverse_gram.inverse_gram_scan(key, weight, log_decay, first, rows, after, float(limit), chunk_size, dtype)
+    return reference.inverse_gram_scan(
+        key.to(dtype), weight.to(dtype), _to(log_decay, dtype), first, rows.to(dtype), _to(after, dtype), float(limit)
+    )
+
+
+def gram_solve(
+    q: Tensor,
+    key: Tensor,
+    beta: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    *,
+    ridge: Tensor,
+    initial: Tensor | None = None,
+    iterations: int = 30,
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The preconditioner on the query side  [Mesa; recurrences.md, section 3]: x_t = (G_t + Diag(ridge))^-1 q_t with
+
+        G_t = exp(log_decay_t) G_{t-1} + beta_t k_t k_t^T          the token's own key included
+
+    Args:
+        q, key: [B,T,H,K]. beta: weight of each key, [B,T,H], at least 0; ones when None. log_decay: None or [B,T,H].
+        ridge: [H,K], over 0.
+        initial: G_0 [B,H,K,K], positive semidefinite, its symmetric part is used; zeros when None.
+        iterations: of the conjugate gradients at most, forward and backward each; they end earlier once every residual is at
+            the rounding of the working dtype. K of them solve exactly, fewer where ridge is not small beside G.
+        backend: "auto", "reference" (every G_t, a direct solve) or "torch" (conjugate gradients for all tokens at once).
+        chunk_size: as in `delta_rule`.
+
+    Returns: x [B,T,H,K] and the last G [B,H,K,K], without the ridge; both float32 or wider. Differentiable once in every tensor.
+    Errors: `UserError` (a ValueError) that names the argument.
+    """
+    check_gram_solve(q, key, beta, log_decay, ridge, initial, iterations, chunk_size)
+    backend = resolve_backend(backend, q.device)
+    dtype = working_dtype(q, beta, log_decay, ridge, initial)
+    B, T, H, K = q.shape
+    wide = key.to(dtype)
+    first = None if initial is None else _symmetric(initial.to(dtype))
+    if backend == "torch":
+        write = wide if beta is None else wide * beta.to(dtype)[..., None]
+        system = conjugate.System(wide, write, _to(log_decay, dtype), ridge.to(dtype), first)
+        return conjugate.gram_solve(q.to(dtype), system, iterations, chunk_size)
+    weight = q.new_ones(B, T, H, dtype=dtype) if beta is None else beta.to(dtype)
+    first = q.new_zeros(B, H, K, K, dtype=dtype) if first is None else first
+    with without_autocast(q.device):
+        return reference.gram_solve(q.to(dtype), wide, weight, _to(log_decay, dtype), ridge.to(dtype), first)
+
+
+def _anchor(anchor: Tensor | float | None, log_decay: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The anchor [B,H,K] in the working dtype, where anything is forgotten."""
+    if log_decay is None or anchor is None:
+        return None
+    B, _, H, K = like.shape
+    return anchor.to(dtype) if isinstance(anchor, Tensor) else like.new_full((B, H, K), float(anchor), dtype=dtype)
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    return (x + x.mT) / 2
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

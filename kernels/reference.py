@@ -54,11 +54,20 @@ def diagonal_scan(u: Tensor, log_decay: Tensor | None, initial: Tensor) -> tuple
 
 
 def hypergradient_scan(
-    s: Tensor, step: Tensor, aware: Tensor | None, log_decay: Tensor | None, initial: Tensor, box: Box | None, clip_every: int
+    s: Tensor,
+    step: Tensor,
+    aware: Tensor | None,
+    log_decay: Tensor | None,
+    initial: Tensor,
+    anchor: Tensor | None,
+    box: Box | None,
+    clip_every: int,
 ) -> tuple[Tensor, Tensor]:
-    """d_{t+1} = clip(gamma_t d_t + step_t b_t (1 - b_t <d_t, s_t>) s_t, box), b = `aware` or 1  [recurrences.md, section 4.2].
+    """The hypergradient's recurrence, b = `aware` or 1  [recurrences.md, section 4.2].
 
-    s [B,T,H,K]; step [B,T,H]; aware, log_decay (log gamma) None | [B,T,H]; initial d_1 [B,H,K].
+        d_{t+1} = clip(gamma_t d_t + (1 - gamma_t) anchor + step_t b_t (1 - b_t <d_t, s_t>) s_t, box)
+
+    s [B,T,H,K]; step [B,T,H]; aware, log_decay (log gamma) None | [B,T,H]; initial d_1 and anchor (0 when None) [B,H,K].
     The box is applied after every `clip_every` tokens and after the last one (1: after every token).
     Returns d [B,T,H,K], each BEFORE its token's update, and d_{T+1}.
     """
@@ -70,11 +79,64 @@ def hypergradient_scan(
         b = 1.0 if aware is None else aware[:, t, :, None]
         residual = 1 - b * (d * s[:, t]).sum(-1, keepdim=True)
         if log_decay is not None:
-            d = d * log_decay[:, t, :, None].exp()
+            gamma = log_decay[:, t, :, None].exp()
+            d = gamma * d if anchor is None else gamma * d + (1 - gamma) * anchor
         d = d + step[:, t, :, None] * b * residual * s[:, t]
         if box is not None and ((t + 1) % clip_every == 0 or t + 1 == length):
             d = d.clamp(*box)
     return _stack(steps, like=s), d
+
+
+def inverse_gram_scan(
+    key: Tensor, beta: Tensor, log_decay: Tensor | None, P: Tensor, before: Tensor, after: Tensor | None, limit: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Recursive least squares: P_t is the inverse of G_t = alpha_t G_{t-1} + beta_t k_t k_t^T  [recurrences.md, section 3].
+
+        u = P_{t-1} k_t        P_t = (P_{t-1} - beta_t u u^T / (alpha_t + beta_t k_t^T u)) / alpha_t
+
+    key, before, after [B,T,H,K]; beta [B,T,H]; log_decay (log alpha) None | [B,T,H]; P = P_0 [B,H,K,K], symmetric.
+    Returns P_{t-1} before_t, P_t after_t (None without `after`), and the last P. Two rules keep P finite; neither is
+    differentiated: alpha_t = 1 where P_{t-1} / alpha_t would have a mean diagonal over `limit`; and beta_t = 0 where
+    rounding has made k^T P k <= 0, which a positive definite P cannot give.
+    """
+    seen, updated = [], []
+    for t in range(key.shape[1]):
+        k, b = key[:, t], beta[:, t]
+        seen.append(_read(P, before[:, t]))
+        u = _read(P, k)
+        g = (k * u).sum(-1)
+        b = torch.where(g > 0, b, 0.0)
+        alpha = torch.ones_like(b)
+        if log_decay is not None:
+            alpha = log_decay[:, t].exp()
+            alpha = torch.where(_mean_diagonal(P) <= alpha * limit, alpha, 1.0)
+        P = (P - (b / (alpha + b * g))[..., None, None] * u[..., :, None] * u[..., None, :]) / alpha[..., None, None]
+        # Rounding's asymmetry, in P and in its adjoint, is not updated away: it would grow as 1 / alpha a token.
+        P = (P + P.mT) / 2
+        if after is not None:
+            updated.append(_read(P, after[:, t]))
+    return _stack(seen, like=before), None if after is None else _stack(updated, like=after), P
+
+
+def gram_solve(q: Tensor, key: Tensor, beta: Tensor, log_decay: Tensor | None, ridge: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t = (G_t + Diag(ridge))^-1 q_t with G_t = alpha_t G_{t-1} + beta_t k_t k_t^T: every G_t is built and solved with.
+
+    q, key [B,T,H,K]; beta [B,T,H]; log_decay (log alpha) None | [B,T,H]; ridge [H,K]; G = G_0 [B,H,K,K], symmetric.
+    Returns x [B,T,H,K] and the last G.
+    """
+    solutions = []
+    for t in range(q.shape[1]):
+        k = key[:, t]
+        if log_decay is not None:
+            G = G * log_decay[:, t, :, None, None].exp()
+        G = G + beta[:, t, :, None, None] * k[..., :, None] * k[..., None, :]
+        solutions.append(torch.linalg.solve(G + ridge.diag_embed(), q[:, t]))
+    return _stack(solutions, like=q), G
+
+
+def _mean_diagonal(P: Tensor) -> Tensor:
+    """[B,H] of [B,H,K,K], without a gradient: it only decides."""
+    return P.detach().diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
 def _read(state: Tensor, key: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ Hypergradient, with post = g, pre_i = post_{i-1}, c = step b, and D_ij = exp(pre
     z = (I + L)^-1 (1 - exp(pre) b <s, d_in>)          L_ij = b_i D_ij <s_i, s_j> c_j
     d_i = exp(pre_i) d_in + sum_j D_ij c_j z_j s_j     d_out = clip(exp(post_C) d_in + sum_j exp(post_C - post_j) c_j z_j s_j)
 
+With an anchor the same holds of d - anchor, with 1 - b <s, anchor> in the place of 1. The carried d stays in its own
+coordinates (so that a clipped value is at the edge exactly), and so does its adjoint, which no anchor changes.
+
 Both are linear in what they carry, so both adjoints are the same scans run from the end.
 """
 
@@ -45,13 +48,14 @@ def hypergradient_scan(
     aware: Tensor | None,
     log_decay: Tensor | None,
     initial: Tensor,
+    anchor: Tensor | None,
     box: Box | None,
     chunk_size: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`reference.hypergradient_scan` with the box applied at the end of every chunk of exactly `chunk_size` tokens."""
     result: tuple[Tensor, Tensor] = _HypergradientScan.apply(  # type: ignore[no-untyped-call]
-        s, step, aware, log_decay, initial, box, chunk_size, dtype
+        s, step, aware, log_decay, initial, anchor, box, chunk_size, dtype
     )
     return result
 
@@ -114,6 +118,7 @@ class _HypergradientScan(torch.autograd.Function):
         aware: Tensor | None,
         log_decay: Tensor | None,
         initial: Tensor,
+        anchor: Tensor | None,
         box: Box | None,
         chunk_size: int,
         dtype: torch.dtype,
@@ -121,23 +126,28 @@ class _HypergradientScan(torch.autograd.Function):
         plan = Plan.of(s, chunk_size, dtype, exact=box is not None)
         out = torch.empty(s.shape, dtype=dtype, device=s.device)
         d = initial.flatten(0, 1).to(dtype)
+        a = None if anchor is None else anchor.flatten(0, 1).to(dtype)
         inside = []
         with without_autocast(s.device):
             for start, _ in plan.spans():
                 x = _Keys.of(plan, start, s, step, aware, log_decay)
                 L = x.within * (x.S @ x.S.mT) * x.b[..., None] * x.c[..., None, :]
                 ahead, behind = x.b[..., None] * x.since_start * x.S, x.c[..., None] * x.until_end * x.S
+                target = 1 if a is None else 1 - x.b[..., None] * (1 - x.since_start) * (x.S @ a[..., None])
                 entering, z = [], []
                 for n in range(len(L)):
                     entering.append(d)
-                    z.append(solve(L[n], 1 - ahead[n] @ d[..., None]))
-                    d = torch.baddbmm((x.whole[n] * d)[:, None], z[n].mT, behind[n])[:, 0]
+                    z.append(solve(L[n], (1 if a is None else target[n]) - ahead[n] @ d[..., None]))
+                    kept = x.whole[n] * d if a is None else x.whole[n] * d + (1 - x.whole[n]) * a
+                    d = torch.baddbmm(kept[:, None], z[n].mT, behind[n])[:, 0]
                     if box is not None:
                         inside.append((d >= box[0]) & (d <= box[1]))
                         d = d.clamp(*box)
                 D = (x.within * (x.c[..., None] * torch.stack(z)).mT) @ x.S
+                if a is not None:
+                    D.addcmul_(1 - x.since_start, a[:, None])
                 scatter(plan, start, D.addcmul_(x.since_start, torch.stack(entering)[:, :, None]), out)
-        ctx.save_for_backward(s, step, aware, log_decay, out, *inside)
+        ctx.save_for_backward(s, step, aware, log_decay, anchor, out, *inside)
         ctx.plan, ctx.initial_dtype = plan, initial.dtype
         ctx.set_materialize_grads(False)
         return out, d.view_as(initial).clone()
@@ -145,7 +155,7 @@ class _HypergradientScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        s, step, aware, log_decay, out, *inside = ctx.saved_tensors
+        s, step, aware, log_decay, anchor, out, *inside = ctx.saved_tensors
         plan: Plan = ctx.plan
         adjoints = torch.empty_like(out)
         d_out = torch.zeros_like(out) if d_out is None else d_out
@@ -167,20 +177,27 @@ class _HypergradientScan(torch.autograd.Function):
                     leaving = x.whole[n] * leaving + (x.since_start[n] * sources[n]).sum(-2)
                 adjoint = x.within.mT @ sources
                 scatter(plan, start, adjoint.addcmul_(x.until_end, torch.stack(ends[::-1])[:, :, None]), adjoints)
-        gradients = hypergradient_gradients(s, step, aware, log_decay, out, adjoints)
+        *gradients, d_anchor = hypergradient_gradients(s, step, aware, log_decay, anchor, out, adjoints)
         d_initial = leaving.view(plan.batch, plan.heads, -1).to(ctx.initial_dtype)
-        return *gradients, d_initial, None, None, None
+        return *gradients, d_initial, d_anchor, None, None, None
 
 
 def hypergradient_gradients(
-    s: Tensor, step: Tensor, aware: Tensor | None, log_decay: Tensor | None, d: Tensor, adjoint: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients for s, step, aware and log_decay from every token's d and the adjoint of d_{t+1} before its clip.
+    s: Tensor,
+    step: Tensor,
+    aware: Tensor | None,
+    log_decay: Tensor | None,
+    anchor: Tensor | None,
+    d: Tensor,
+    adjoint: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for s, step, aware, log_decay and anchor from every token's d and the adjoint of d_{t+1} before its clip.
 
     With r = <d,s>, zeta = <adjoint,s>, c = step b [recurrences.md, section 4.2]:
 
         ds = c (1 - b r) adjoint - c b zeta d        d step = b (1 - b r) zeta
-        db = step (1 - 2 b r) zeta                   d log gamma = gamma <adjoint,d>
+        db = step (1 - 2 b r) zeta                   d log gamma = gamma <adjoint, d - anchor>
+        d anchor = sum_t (1 - gamma_t) adjoint_t
     """
     keys = s.to(d.dtype)
     b = torch.ones_like(step, dtype=d.dtype) if aware is None else aware.to(d.dtype)
@@ -190,8 +207,14 @@ def hypergradient_gradients(
     ds.addcmul_((eta * b * b * zeta)[..., None], d, value=-1)
     d_step = b * (1 - br) * zeta
     d_aware = None if aware is None else (eta * (1 - 2 * br) * zeta).to(aware.dtype)
-    d_log = None if log_decay is None else (log_decay.to(d.dtype).exp() * (adjoint * d).sum(-1)).to(log_decay.dtype)
-    return ds.to(s.dtype), d_step.to(step.dtype), d_aware, d_log
+    d_log = d_anchor = None
+    if log_decay is not None:
+        gamma = log_decay.to(d.dtype).exp()
+        away = d if anchor is None else d - anchor[:, None].to(d.dtype)
+        d_log = (gamma * (adjoint * away).sum(-1)).to(log_decay.dtype)
+        if anchor is not None:
+            d_anchor = ((1 - gamma)[..., None] * adjoint).sum(1).to(anchor.dtype)
+    return ds.to(s.dtype), d_step.to(step.dtype), d_aware, d_log, d_anchor
 
 
 class _Decays(NamedTuple):

@@ -1,6 +1,6 @@
-"""The causal depthwise convolution before a recurrence, with SiLU, in one pass each way.
+"""The causal depthwise convolution before a recurrence, with or without its SiLU, in one pass each way.
 
-    z_t = sum_i w_i * x_{t-i},  i = 0..W-1          y_t = z_t sigmoid(z_t)
+    z_t = sum_i w_i * x_{t-i},  i = 0..W-1          y_t = z_t sigmoid(z_t), or z_t
 
 x, y [B,T,C]; past [B,W-1,C], the inputs before x (zeros at a sequence's start); w [W,C].
 
@@ -17,42 +17,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def short_convolution(x: Tensor, weight: Tensor, past: Tensor | None = None) -> Tensor:
-    """y [B,T,C] for x [B,T,C], weight [W,C], past [B,W-1,C] or None (zeros), all of one dtype."""
+def short_convolution(x: Tensor, weight: Tensor, past: Tensor | None = None, silu: bool = True) -> Tensor:
+    """y [B,T,C] for x [B,T,C], weight [W,C], past [B,W-1,C] or None (zeros), all of one dtype. `silu` False gives z."""
     padded = x if past is None else torch.cat([past, x], dim=1)
-    y: Tensor = _ShortConvolution.apply(padded, weight, x.shape[1])  # type: ignore[no-untyped-call]
+    y: Tensor = _ShortConvolution.apply(padded, weight, x.shape[1], silu)  # type: ignore[no-untyped-call]
     return y
 
 
 class _ShortConvolution(torch.autograd.Function):
-    """Over `padded` [B,P+T,C], whose first P = W-1 or 0 rows are the past; keeps the input and z."""
+    """Over `padded` [B,P+T,C], whose first P = W-1 or 0 rows are the past; keeps the input, and z for SiLU."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor, tokens: int) -> Tensor:
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, tokens: int, silu: bool) -> Tensor:
         lead = padded.shape[1] - tokens
         z = padded[:, lead:] * weight[0]
         for i in range(1, weight.shape[0]):
             to, source = _tap(i, lead, tokens)
             z[:, to].addcmul_(padded[:, source], weight[i])
-        ctx.save_for_backward(padded, weight, z)
-        return F.silu(z)
+        ctx.tokens = tokens
+        ctx.save_for_backward(padded, weight, z if silu else None)
+        return F.silu(z) if silu else z
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         padded, weight, z = ctx.saved_tensors
-        dz = torch.ops.aten.silu_backward(dy.contiguous(), z)
-        lead = padded.shape[1] - z.shape[1]
+        dz = dy.contiguous() if z is None else torch.ops.aten.silu_backward(dy.contiguous(), z)
+        lead = padded.shape[1] - ctx.tokens
         d_padded, d_weight = torch.empty_like(padded), torch.zeros_like(weight)
         d_padded[:, :lead] = 0
         torch.mul(dz, weight[0], out=d_padded[:, lead:])
         products = torch.empty_like(dz)  # one buffer for all taps: fresh megabytes cost page faults
         for i in range(weight.shape[0]):
-            to, source = _tap(i, lead, z.shape[1])
+            to, source = _tap(i, lead, ctx.tokens)
             if i:
                 d_padded[:, source].addcmul_(dz[:, to], weight[i])
             d_weight[i] = torch.mul(dz[:, to], padded[:, source], out=products[:, to]).sum((0, 1))
-        return d_padded, d_weight, None
+        return d_padded, d_weight, None, None
 
 
 def _tap(i: int, lead: int, tokens: int) -> tuple[slice, slice]:

@@ -24,12 +24,13 @@ def clipped_hypergradient_scan(
     aware: Tensor | None,
     log_decay: Tensor | None,
     initial: Tensor,
+    anchor: Tensor | None,
     box: Box,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`reference.hypergradient_scan` with `clip_every` 1 on checked inputs, computed and returned in `dtype`."""
     result: tuple[Tensor, Tensor] = _ClippedHypergradientScan.apply(  # type: ignore[no-untyped-call]
-        s, step, aware, log_decay, initial, box, dtype
+        s, step, aware, log_decay, initial, anchor, box, dtype
     )
     return result
 
@@ -43,12 +44,14 @@ class _ClippedHypergradientScan(torch.autograd.Function):
         aware: Tensor | None,
         log_decay: Tensor | None,
         initial: Tensor,
+        anchor: Tensor | None,
         box: Box,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         with without_autocast(s.device):
             keys, c, cb = _time_first(s, step, aware, dtype)
             gamma = None if log_decay is None else _leading_time(log_decay, dtype).exp()
+            pull = None if anchor is None or gamma is None else (1 - gamma) * anchor.flatten(0, 1).to(dtype)
             length = len(keys)
             raw = keys.new_empty(length + 1, *keys.shape[1:])
             raw[0] = initial.flatten(0, 1)
@@ -56,7 +59,9 @@ class _ClippedHypergradientScan(torch.autograd.Function):
             for t in range(length):
                 torch.mul(d, keys[t], out=scratch)
                 gain = torch.addcmul(c[t], cb[t], scratch.sum(-1, keepdim=True), value=-1)
-                if gamma is not None:
+                if pull is not None and gamma is not None:
+                    torch.addcmul(pull[t], gamma[t], d, out=d)
+                elif gamma is not None:
                     d.mul_(gamma[t])
                 torch.addcmul(d, gain, keys[t], out=raw[t + 1])
                 torch.clamp(raw[t + 1], *box, out=d)
@@ -64,7 +69,7 @@ class _ClippedHypergradientScan(torch.autograd.Function):
             raw[1:].clamp_(*box)
         batch, _, heads, K = s.shape
         out = raw[:-1].view(length, batch, heads, K).transpose(0, 1).contiguous()
-        ctx.save_for_backward(s, step, aware, log_decay, out, inside)
+        ctx.save_for_backward(s, step, aware, log_decay, anchor, out, inside)
         ctx.initial_dtype = initial.dtype
         ctx.set_materialize_grads(False)
         return out, d.view_as(initial)
@@ -72,7 +77,7 @@ class _ClippedHypergradientScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        s, step, aware, log_decay, out, inside = ctx.saved_tensors
+        s, step, aware, log_decay, anchor, out, inside = ctx.saved_tensors
         with without_autocast(s.device):
             keys, _, cb = _time_first(s, step, aware, out.dtype)
             gamma = None if log_decay is None else _leading_time(log_decay, out.dtype).exp()
@@ -91,8 +96,8 @@ class _ClippedHypergradientScan(torch.autograd.Function):
                 current.addcmul_(pull, keys[t], value=-1)
         batch, length, heads, _ = s.shape
         adjoints = adjoint.view(length, batch, heads, -1).transpose(0, 1)
-        gradients = hypergradient_gradients(s, step, aware, log_decay, out, adjoints)
-        return *gradients, current.view(batch, heads, -1).to(ctx.initial_dtype), None, None
+        *gradients, d_anchor = hypergradient_gradients(s, step, aware, log_decay, anchor, out, adjoints)
+        return *gradients, current.view(batch, heads, -1).to(ctx.initial_dtype), d_anchor, None, None
 
 
 def _leading_time(x: Tensor, dtype: torch.dtype) -> Tensor:

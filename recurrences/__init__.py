@@ -1,11 +1,40 @@
 """Floor 2: what a recurrence is. Components, specs, the mixer they make, and the language model around it."""
 
 from .attention import SoftmaxAttention
-from .component import AXES, Choice, Component, HeadShape, choose, component, components
+from .component import (
+    AXES,
+    Choice,
+    Component,
+    Erase,
+    Feedback,
+    Forgetting,
+    Gate,
+    HeadShape,
+    Preconditioner,
+    StepSize,
+    ValueGain,
+    choose,
+    component,
+    components,
+)
 from .initialise import initialise
 from .language_model import LanguageModel
 from .mixer import Mixer, MixerState, RecurrentMixer
-from .spec import About, AttentionSpec, Block, MixerSpec, QueryKey, RecurrenceSpec, spec_from_mapping
+from .preconditioners import Multiplier, Multiplies
+from .signals import Forget, GateOutput, Preconditioned, Step, Told
+from .spec import (
+    About,
+    AttentionSpec,
+    Block,
+    HybridSpec,
+    LayerSpec,
+    MixerSpec,
+    QueryKey,
+    RecurrenceSpec,
+    layers_of,
+    spec_from_mapping,
+    with_block,
+)
 
 __all__ = [
     "AXES",
@@ -14,18 +43,36 @@ __all__ = [
     "Block",
     "Choice",
     "Component",
+    "Erase",
+    "Feedback",
+    "Forget",
+    "Forgetting",
+    "Gate",
+    "GateOutput",
     "HeadShape",
+    "HybridSpec",
     "LanguageModel",
+    "LayerSpec",
     "Mixer",
     "MixerSpec",
     "MixerState",
+    "Multiplier",
+    "Multiplies",
+    "Preconditioned",
+    "Preconditioner",
     "QueryKey",
     "RecurrenceSpec",
     "RecurrentMixer",
     "SoftmaxAttention",
+    "Step",
+    "StepSize",
+    "Told",
+    "ValueGain",
     "choose",
     "component",
     "components",
     "initialise",
+    "layers_of",
     "spec_from_mapping",
+    "with_block",
 ]

@@ -7,22 +7,37 @@ A component registers itself under its axis and name:
         "log a_t = -exp(A_log) softplus(W x_t + dt_bias)"
 
 Its class docstring is its documentation (`deltalab describe scalar`): the first line is the equation, the rest says the initial
-values in numbers, the source and the caveats.
+values in numbers, the source and the caveats. What passes between components of one layer is in `signals.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from ..errors import UserError, unknown
 from ..strict import build, join, plain
+from .signals import Forget, GateOutput, Preconditioned, Step, Told
 
-AXES = ("gate", "step_size", "preconditioner", "forgetting")
+if TYPE_CHECKING:
+    from .spec import RecurrenceSpec
+
+AXES = ("gate", "step_size", "preconditioner", "forgetting", "erase", "value_gain", "feedback")
+DEFAULTS = {
+    "gate": "none",
+    "step_size": "sigmoid",
+    "preconditioner": "none",
+    "forgetting": "none",
+    "erase": "delta",
+    "value_gain": "one",
+    "feedback": "none",
+}
+"""What a card that does not name an axis gets."""
 _COMPONENTS: dict[str, dict[str, type[Component]]] = {axis: {} for axis in AXES}
 
 C = TypeVar("C", bound="type[Component]")
@@ -39,7 +54,10 @@ class HeadShape:
 
 
 class Component(nn.Module):
-    """One choice on one axis. Parameters of a component are never decayed (recurrences.md, section 2)."""
+    """One choice on one axis. Parameters of a component are never decayed (recurrences.md, section 2).
+
+    A component that owns parameters itself (not through `Projection`) sets them in `initialise(generator)`.
+    """
 
     axis: ClassVar[str]
     name: ClassVar[str]
@@ -58,33 +76,33 @@ class Component(nn.Module):
         """The first line of the docstring."""
         return (cls.__doc__ or "").strip().splitlines()[0]
 
+    @classmethod
+    def conflict(cls, config: Any, spec: RecurrenceSpec) -> str | None:
+        """Why this choice cannot stand beside the spec's other choices, and what would; None where it can."""
+        return None
 
-class GateOutput(NamedTuple):
-    """`log_decay` <= 0: None, [B,T,H] or [B,T,H,K]; `dt` [B,T,H] > 0 where the gate has a time step that a write may share."""
+    @classmethod
+    def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+        """What a user should know before trusting a run: options without effect, steps outside their stable range."""
+        return []
 
-    log_decay: Tensor | None
-    dt: Tensor | None = None
-
-
-class Step(NamedTuple):
-    """`key` [B,T,H,K]: the key that is read and written; `beta` [B,T,H] (None: 1); `value_gain` [B,T,H] times v (None: 1)."""
-
-    key: Tensor
-    beta: Tensor | None = None
-    value_gain: Tensor | None = None
-
-
-class Forget(NamedTuple):
-    """How a statistic forgets: `log_decay` [B,T,H] <= 0 (None: never); `gain` [B,T,H] scales what a token adds (None: 1)."""
-
-    log_decay: Tensor | None = None
-    gain: Tensor | None = None
+    def flops_per_token(self) -> int:
+        """Multiply-adds of a token beyond those of the projections, for the cost estimate."""
+        return 0
 
 
 class Gate(Component):
     """How the state forgets: forward(x [B,T,D]) -> GateOutput."""
 
     axis = "gate"
+    per_channel: ClassVar[bool] = False
+    """True where it gives one decay per key channel instead of one per head."""
+    has_dt: ClassVar[bool] = False
+    """True where it has a time step that a write may share (`step_size: dt`)."""
+
+    def decay(self, output: GateOutput, step: Step) -> Tensor | None:
+        """The state's log_decay once the step size is known: None, [B,T,H] or [B,T,H,K]."""
+        return output.log_decay
 
 
 class StepSize(Component):
@@ -93,24 +111,61 @@ class StepSize(Component):
     axis = "step_size"
     unit_keys: ClassVar[bool] = False
     """True where the key that comes out has norm <= 1 whatever came in."""
-    needs_dt: ClassVar[bool] = False
-    """True where the step is the gate's own dt."""
+    needs_position: ClassVar[bool] = False
+    """True where forward takes a fourth argument: the number of tokens before this call, [B] int64."""
+
+    @classmethod
+    def largest(cls, config: Any) -> float:
+        """The largest beta |k|^2 it can give to a unit key (or to any key, where `unit_keys`)."""
+        return 1.0
 
 
 class Preconditioner(Component):
-    """How the step differs per feature: forward(x, key, beta, Forget, statistic) -> (multiplier [B,T,H,K] | None, statistic)."""
+    """How the step differs per feature: forward(Told, statistic) -> Preconditioned.
+
+    Most preconditioners multiply each channel by a number: subclass `preconditioners.Multiplier`, which has the controls, the
+    sides and the normalisers, and write `multiplier` alone.
+    """
 
     axis = "preconditioner"
+    has_statistic: ClassVar[bool] = True
+    """False where nothing is carried from token to token, so that there is nothing to forget."""
 
     def initial_statistic(self, batch: int) -> Tensor | None:
-        """The statistic before the first token, [B,H,K] float32, or None where there is none."""
+        """The statistic before the first token, [B,H,K] or [B,H,K,K], float32 or wider; None where there is none."""
         return None
+
+    def forward(self, told: Told, statistic: Tensor | None) -> Preconditioned:
+        raise NotImplementedError
 
 
 class Forgetting(Component):
-    """How the preconditioner's statistic forgets: forward(x [B,T,D]) -> Forget."""
+    """How the preconditioner's statistic forgets: forward(x [B,T,D], the state's log_decay) -> Forget."""
 
     axis = "forgetting"
+
+    def forward(self, x: Tensor, state_log_decay: Tensor | None) -> Forget:
+        raise NotImplementedError
+
+
+class Erase(Component):
+    """Which key is read before writing: forward(x [B,T,D], key [B,T,H,K]) -> read key [B,T,H,K]."""
+
+    axis = "erase"
+    reads: ClassVar[bool] = True
+    """False where nothing is erased, so that the rule is plain linear attention."""
+
+
+class ValueGain(Component):
+    """What scales the value: forward(x [B,T,D], the key as it came [B,T,H,K], value [B,T,H,V]) -> value."""
+
+    axis = "value_gain"
+
+
+class Feedback(Component):
+    """What the output takes back: forward(query, key) -> query, all [B,T,H,K]; `key` is the one that is read."""
+
+    axis = "feedback"
 
 
 @dataclass(frozen=True)
@@ -143,13 +198,19 @@ class Choice:
 
 
 def component(axis: str, name: str) -> Callable[[C], C]:
-    """Register a class as the choice `name` on `axis`."""
+    """Register a class as the choice `name` on `axis`. `UserError` where the name is taken by another class."""
     if axis not in AXES:
         raise unknown("axis", axis, AXES)
 
     def register(cls: C) -> C:
-        if name in _COMPONENTS[axis]:
-            raise ValueError(f"{axis} {name!r} is already registered, by {_COMPONENTS[axis][name].__qualname__}")
+        held = _COMPONENTS[axis].get(name)
+        # A module that is imported twice (under two names, or reloaded) brings the same class again.
+        if held is not None and (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise UserError(
+                f"{axis} {name!r} of {cls.__module__} is already registered, by {held.__module__}.{held.__qualname__}; "
+                "give it another name"
+            )
+        _check_declaration(cls, axis)
         cls.axis, cls.name = axis, name
         _COMPONENTS[axis][name] = cls
         return cls
@@ -157,11 +218,39 @@ def component(axis: str, name: str) -> Callable[[C], C]:
     return register
 
 
+def _check_declaration(cls: type[Component], axis: str) -> None:
+    """A component that cannot be used says so when it is declared, not in the middle of a study."""
+    base = _BASES[axis]
+    where = f"{cls.__module__}.{cls.__qualname__}"
+    if not issubclass(cls, base):
+        raise UserError(f"{axis} {where}: is no {base.__name__}; derive it from deltalab.recurrences.{base.__name__}")
+    if not (cls.__dict__.get("__doc__") or "").strip():
+        raise UserError(f"{axis} {where}: has no docstring; its first line is the equation that `deltalab describe` prints")
+    if not dataclasses.is_dataclass(cls.Config) or not cls.Config.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise UserError(f"{axis} {where}: its Config is no frozen dataclass")
+    try:
+        cls.Config()
+    except TypeError as error:
+        raise UserError(f"{axis} {where}: every field of its Config needs a default: {error}") from error
+
+
+_BASES: dict[str, type[Component]] = {
+    base.axis: base for base in (Gate, StepSize, Preconditioner, Forgetting, Erase, ValueGain, Feedback)
+}
+
+
 def components(axis: str) -> Mapping[str, type[Component]]:
     """Name -> class of every choice on `axis`."""
     if axis not in AXES:
         raise unknown("axis", axis, AXES)
     return dict(_COMPONENTS[axis])
+
+
+def origin(cls: type[Component]) -> str:
+    """Where a component comes from: `deltalab`, or the top package and version of a plug-in."""
+    top = cls.__module__.split(".")[0]
+    version = getattr(sys.modules.get(top), "__version__", "")
+    return top if top == "deltalab" or not version else f"{top} {version}"
 
 
 def choose(axis: str, value: object, path: str = "") -> Choice:

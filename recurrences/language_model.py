@@ -18,7 +18,7 @@ from .component import Component
 from .initialise import initialise
 from .layers import PROJECTION_STD, Embedding, Projection, RMSNorm
 from .mixer import Mixer, MixerState
-from .spec import AttentionSpec, MixerSpec, RecurrenceSpec
+from .spec import SPECS, LayerSpec, MixerSpec, layers_of
 
 IGNORE = -100
 LanguageModelState = list[MixerState]
@@ -59,6 +59,14 @@ class ModelBlock(nn.Module):
         return x, state
 
 
+def _pattern(spec: MixerSpec | Sequence[MixerSpec]) -> list[LayerSpec]:
+    """The layers of a spec, or of a sequence of specs, before they are repeated."""
+    given: Sequence[Any] = [spec] if isinstance(spec, SPECS) else spec if isinstance(spec, Sequence) else []
+    if not given or not all(isinstance(one, SPECS) for one in given):
+        raise UserError(f"spec: expected a recurrence (registry.load('gdn')), or a sequence of at least one, got {spec!r}")
+    return [layer for one in given for layer in layers_of(one)]
+
+
 class LanguageModel(nn.Module):
     """tokens [B,T] -> logits [B,T,N].
 
@@ -66,7 +74,7 @@ class LanguageModel(nn.Module):
         logits = model(tokens)
         logits, state = model(tokens, state=model.initial_state(batch))       # decoding: any number of tokens a call
 
-    `spec` is one spec for every layer, or a sequence of specs that is repeated down the layers (a hybrid pattern). `mlp_ratio`
+    `spec` is one spec for every layer, or a pattern that is repeated down the layers (a hybrid spec, or a sequence of specs). `mlp_ratio`
     is the MLP's hidden width / width (0: no MLP); `tied` shares embedding and head; `seed` fixes the initial parameters by name,
     so that two models of one seed start equal wherever they share a layer; `init_std` is the standard deviation of the
     projections (0.02 suits a width of about 1,000; a narrow model learns faster from 1/sqrt(width)). Further keywords go to the
@@ -94,11 +102,7 @@ class LanguageModel(nn.Module):
                 raise UserError(f"{name}: {value!r} is not a positive integer")
         if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float)) or not 0 <= mlp_ratio < math.inf:
             raise UserError(f"mlp_ratio: {mlp_ratio!r} is not a number of at least 0")
-        pattern = (
-            [spec] if isinstance(spec, (RecurrenceSpec, AttentionSpec)) else list(spec) if isinstance(spec, Sequence) else []
-        )
-        if not pattern:
-            raise UserError(f"spec: expected a recurrence, or a sequence of at least one, got {spec!r}")
+        pattern = _pattern(spec)
         mixers = [Mixer(pattern[i % len(pattern)], width, heads, backend, seed, **block) for i in range(layers)]
         self.vocab, self.width = vocab, width
         self.embedding = Embedding(vocab, width)

@@ -58,13 +58,14 @@ class RMSNorm(nn.Module):
 
 class ShortConvolution(nn.Module):
     """y_t = SiLU(sum_i w_i * x_{t-i}), i = 0..size-1: causal, per channel; weights U(-1/sqrt(size), 1/sqrt(size)).
+    `silu` False leaves the activation out.
 
     Carries the last size-1 inputs [B, size-1, C] from one call to the next.
     """
 
-    def __init__(self, channels: int, size: int) -> None:
+    def __init__(self, channels: int, size: int, silu: bool = True) -> None:
         super().__init__()
-        self.channels, self.size = channels, size
+        self.channels, self.size, self.silu = channels, size, silu
         self.weight = nn.Parameter(torch.empty(size, channels))
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -78,13 +79,15 @@ class ShortConvolution(nn.Module):
         """x [B,T,C] -> (y [B,T,C], the last size-1 inputs where a state was given)."""
         weight = self.weight.to(x.dtype)
         if state is None:
-            return short_convolution(x, weight), None
+            return short_convolution(x, weight, silu=self.silu), None
         past = state.to(x.dtype)
-        return short_convolution(x, weight, past), torch.cat([past, x], dim=1)[:, x.shape[1] :]
+        return short_convolution(x, weight, past, self.silu), torch.cat([past, x], dim=1)[:, x.shape[1] :]
 
 
-def feature_map(x: Tensor, name: str) -> Tensor:
-    """Queries or keys [...,K] as positive features: elu(x) + 1, or a softmax over K; `none` leaves them."""
+def activate(x: Tensor, name: str) -> Tensor:
+    """[...,K] as SiLU, elu(x) + 1 or a softmax over K; `none` leaves it."""
+    if name == "silu":
+        return F.silu(x)
     if name == "elu1":
         return F.elu(x) + 1
     return x.softmax(-1) if name == "softmax" else x

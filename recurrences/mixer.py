@@ -6,7 +6,7 @@ B batch, T time, H heads, K key width, V value width, D model width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels import delta_rule, resolve_backend
 from ..strict import build, plain
-from .component import HeadShape
+from .component import Component, HeadShape
+from .forgetting import NoForgetting
 from .initialise import initialise
-from .layers import Projection, RMSNorm, ShortConvolution, feature_map, l2_normalise
-from .spec import Block, MixerSpec, RecurrenceSpec
+from .layers import Projection, RMSNorm, ShortConvolution, activate, l2_normalise
+from .signals import Forget, GateOutput, Step, Told, wide
+from .spec import Block, LayerSpec, RecurrenceSpec
 
 
 @dataclass
@@ -31,7 +33,9 @@ class MixerState:
     memory: Tensor | None = None
     """[B,H,K,V], float32 or wider."""
     statistic: Tensor | None = None
-    """[B,H,K], float32 or wider."""
+    """[B,H,K] or [B,H,K,K], float32 or wider."""
+    position: Tensor | None = None
+    """[B] int64: tokens so far, where the step size depends on it."""
     keys: Tensor | None = None
     values: Tensor | None = None
     """Attention's cache, [B,H,T,K] and [B,H,T,V]."""
@@ -64,13 +68,13 @@ class Mixer(nn.Module):
     Errors: `UserError` (a ValueError) for sizes that do not fit and for unknown block options.
     """
 
-    def __init_subclass__(cls, spec: type[MixerSpec] | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(cls, spec: type[LayerSpec] | None = None, **kwargs: Any) -> None:
         """`class RecurrentMixer(Mixer, spec=RecurrenceSpec)`: the class that `Mixer(...)` gives for such a spec."""
         super().__init_subclass__(**kwargs)
         if spec is not None:
             _MIXERS[spec] = cls
 
-    def __new__(cls, spec: MixerSpec | None = None, *args: Any, **kwargs: Any) -> Mixer:
+    def __new__(cls, spec: LayerSpec | None = None, *args: Any, **kwargs: Any) -> Mixer:
         if cls is Mixer:
             if type(spec) not in _MIXERS:
                 raise UserError(f"spec: expected a RecurrenceSpec (registry.load('gdn')), got {type(spec).__name__}")
@@ -78,16 +82,20 @@ class Mixer(nn.Module):
         return super().__new__(cls)  # copy and pickle come here, with the class alone
 
     def __init__(
-        self, spec: MixerSpec, width: int, heads: int, backend: str = "auto", seed: int | None = None, **block: Any
+        self, spec: LayerSpec, width: int, heads: int, backend: str = "auto", seed: int | None = None, **block: Any
     ) -> None:
-        """What every mixer has: q, k, v in one projection, and their short convolution."""
         super().__init__()
         self.block: Block = build(Block, {**plain(spec.block), **block}, "block")
         self.shape = head_shape(width, heads, self.block)
         self.backend = backend
-        self.sizes = [heads * self.shape.key, heads * self.shape.key, heads * self.shape.value]
-        self.in_proj = Projection(width, sum(self.sizes))
-        self.conv = ShortConvolution(sum(self.sizes), self.block.short_conv) if self.block.short_conv else None
+
+    def _add_projections(self, key_heads: int, substeps: int = 1, silu: bool = True) -> None:
+        """What every mixer has: q, k, v in one projection (`sizes`), and their short convolution, with its SiLU or without."""
+        shape = self.shape
+        keys = key_heads * shape.key
+        self.sizes = [keys, substeps * keys, substeps * shape.heads * shape.value]
+        self.in_proj = Projection(shape.width, sum(self.sizes))
+        self.conv = ShortConvolution(sum(self.sizes), self.block.short_conv, silu) if self.block.short_conv else None
 
     @overload
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -99,6 +107,11 @@ class Mixer(nn.Module):
     def resolved_backend(self, device: torch.device) -> str:
         """The kernel backend that serves this mixer on `device`: what `auto` stands for."""
         return resolve_backend(self.backend, device)
+
+    def flops_per_token(self, context: int) -> int:
+        """Floating point operations of one token's forward pass after `context` tokens; a multiply-add counts as two."""
+        linear = sum(module.weight.numel() for module in self.modules() if isinstance(module, Projection))
+        return 2 * linear + (0 if self.conv is None else 2 * self.conv.size * self.conv.channels)
 
     def initial_state(self, batch: int) -> MixerState:
         """The state before the first token, for `batch` sequences."""
@@ -122,11 +135,19 @@ def head_shape(width: int, heads: int, block: Block) -> HeadShape:
     wanted = key * block.expand_v
     if wanted < 1 or wanted != int(wanted):
         raise UserError(f"block.expand_v: {block.expand_v:g} times the key width {key} is not a whole number")
+    if block.key_heads and heads % block.key_heads:
+        valid = [n for n in range(1, heads + 1) if heads % n == 0]
+        nearest = min(valid, key=lambda n: abs(n - block.key_heads))
+        raise UserError(f"block.key_heads: {block.key_heads} does not divide heads {heads}; nearest: {nearest}")
     return HeadShape(width, heads, key, int(wanted))
 
 
 class RecurrentMixer(Mixer, spec=RecurrenceSpec):
-    """One recurrence: q, k, v -> gate, step size, preconditioner -> delta_rule -> norm, output gate, projection."""
+    """One recurrence: q, k, v -> gate, step size, preconditioner -> delta_rule -> norm, output gate, projection.
+
+    With n substeps a token (DeltaProduct) the recurrence runs over T n steps: every substep has its own key, value and step
+    size, the state forgets at the first and is read after the last.
+    """
 
     def __init__(
         self, spec: RecurrenceSpec, width: int, heads: int, backend: str = "auto", seed: int | None = None, **block: Any
@@ -134,77 +155,134 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         super().__init__(spec, width, heads, backend, seed, **block)
         shape = self.shape
         self.spec = spec
+        # SiLU on q, k and v, as in most cards, is done by the convolution in its own pass.
+        fused = (spec.qk.activation, self.block.value_activation) == ("silu", "silu")
+        self._add_projections(self.block.key_heads or heads, spec.substeps, silu=fused)
+        self.activated = fused and self.conv is not None
         self.gate = spec.gate.build(shape)
         self.step_size = spec.step_size.build(shape)
+        self.later_steps = nn.ModuleList(spec.step_size.build(shape) for _ in range(spec.substeps - 1))
         self.preconditioner = spec.preconditioner.build(shape)
-        self.forgetting = spec.forgetting.build(shape) if spec.preconditioner.name != "none" else None
+        self.forgetting = spec.forgetting.build(shape) if spec.remembers else NoForgetting(NoForgetting.Config(), shape)
+        self.erase = spec.erase.build(shape)
+        self.value_gain = spec.value_gain.build(shape)
+        self.feedback = spec.feedback.build(shape)
         self.skip = _Skip(heads) if self.block.skip else None
         self.norm = RMSNorm(shape.value) if self.block.output_norm else None
-        self.gate_proj = Projection(width, self.sizes[2]) if self.block.output_gate != "none" else None
-        self.out_proj = Projection(self.sizes[2], width)
+        self.gate_proj = output_gate(width, self.block.output_gate_rank, heads * shape.value, self.block.output_gate)
+        self.out_proj = Projection(heads * shape.value, width)
         initialise(self, seed)
 
     def initial_state(self, batch: int) -> MixerState:
         weight, shape = self.in_proj.weight, self.shape
-        wide = torch.promote_types(weight.dtype, torch.float32)
         return MixerState(
             conv=None if self.conv is None else self.conv.initial_state(batch, weight.dtype),
-            memory=weight.new_zeros(batch, shape.heads, shape.key, shape.value, dtype=wide),
+            memory=weight.new_zeros(batch, shape.heads, shape.key, shape.value, dtype=wide(weight)),
             statistic=self.preconditioner.initial_statistic(batch),
+            position=weight.new_zeros(batch, dtype=torch.int64) if self.step_size.needs_position else None,
         )
 
     def state_bytes(self, tokens: int) -> int:
         shape, weight = self.shape, self.in_proj.weight
         conv = 0 if self.conv is None else (self.conv.size - 1) * self.conv.channels
-        statistic = 0 if self.preconditioner.initial_statistic(1) is None else shape.heads * shape.key
-        wide = torch.promote_types(weight.dtype, torch.float32).itemsize
-        return weight.dtype.itemsize * conv + wide * (shape.heads * shape.key * shape.value + statistic)
+        statistic: Tensor | None = self.preconditioner.initial_statistic(1)
+        position = 8 if self.step_size.needs_position else 0
+        numbers = shape.heads * shape.key * shape.value + (0 if statistic is None else statistic.numel())
+        return weight.dtype.itemsize * conv + wide(weight).itemsize * numbers + position
+
+    def flops_per_token(self, context: int) -> int:
+        # Decay 1, erase 4 (read, subtract and write), write 2 and read-out 2 operations per number of the state.
+        shape, n = self.shape, self.spec.substeps
+        per_number = (4 if self.spec.erases else 2) * n + 2 + (self.spec.gate.name != "none")
+        components: int = sum(module.flops_per_token() for module in self.modules() if isinstance(module, Component))
+        return super().flops_per_token(context) + per_number * shape.heads * shape.key * shape.value + 2 * components
 
     def forward(self, x: Tensor, state: MixerState | None = None) -> Any:
-        conv_state = state.conv if state is not None else None
-        q, k, v, conv_state = self._project(x, conv_state)
+        n, before = self.spec.substeps, MixerState() if state is None else state
+        q, raw_key, v, conv = self._project(x, before.conv)
+        k = l2_normalise(raw_key) if self.spec.qk.normalise_k == "l2" else raw_key
+        each = x.repeat_interleave(n, dim=1) if n > 1 else x
         gate = self.gate(x)
-        step = self.step_size(x, k, gate)
-        statistic = self.preconditioner.initial_statistic(x.shape[0]) if state is None else state.statistic
-        write, statistic = self._write_key(x, step, statistic)
+        steps = self._steps(x, k, gate, before.position)
+        step, log_decay = _in_turn(steps), self._log_decay(gate, steps)
+        read = self.erase(each, step.key)
+        write, query, statistic = self._precondition(x, each, step, at_last(q, n), read, log_decay, before.statistic)
+        value = self.value_gain(each, raw_key, v)
         o, memory = delta_rule(
-            q,
-            step.key if self.spec.erase == "delta" else None,
+            query,
+            read if self.spec.erases else None,
             write,
-            v if step.value_gain is None else v * step.value_gain.unsqueeze(-1),
-            gate.log_decay,
-            initial_state=None if state is None else state.memory,
-            erase=self.spec.erase == "delta",
+            value if step.value_gain is None else value * step.value_gain.unsqueeze(-1),
+            log_decay,
+            initial_state=before.memory,
+            erase=self.spec.erases,
             backend=self.backend,
         )
-        if self.skip is not None:
-            o = self.skip(o, v)
-        y = self._output(x, o)
-        return y if state is None else (y, MixerState(conv_state, memory, statistic))
+        o = o[:, n - 1 :: n]
+        y = self._output(x, o if self.skip is None else self.skip(o, v[:, n - 1 :: n]))
+        if state is None:
+            return y
+        position = None if before.position is None else before.position + x.shape[1]
+        return y, MixerState(conv, memory, statistic, position)
 
     def _project(self, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x -> q, k [B,T,H,K] and v [B,T,H,V], in float32 or wider: statistics and state never see bfloat16."""
+        """x -> q [B,T,H,K], k [B,Tn,H,K] (not normalised), v [B,Tn,H,V], in float32 or wider: statistics and state never see
+        bfloat16."""
         mixed = self.in_proj(x)
         if self.conv is not None:
             mixed, conv_state = self.conv(mixed, conv_state)
-        mixed = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
-        q, k, v = (part.unflatten(-1, (self.shape.heads, -1)) for part in mixed.split(self.sizes, dim=-1))
-        qk = self.spec.qk
-        q, k = feature_map(q, qk.feature_map), feature_map(k, qk.feature_map)
+        mixed = mixed.to(wide(mixed))
+        heads, qk = self.shape.heads, self.spec.qk
+        groups = self.block.key_heads or heads
+        q, k, v = mixed.split(self.sizes, dim=-1)
+        q, k = (part.unflatten(-1, (-1, groups, self.shape.key)).flatten(1, 2) for part in (q, k))
+        v = v.unflatten(-1, (-1, heads, self.shape.value)).flatten(1, 2)
+        if not self.activated:
+            q, k = activate(q, qk.activation), activate(k, qk.activation)
+            v = activate(v, self.block.value_activation)
         q = l2_normalise(q) if qk.normalise_q == "l2" else q
-        k = l2_normalise(k) if qk.normalise_k == "l2" else k
+        if groups < heads:
+            q, k = (part.repeat_interleave(heads // groups, dim=2) for part in (q, k))
         return q, k, v, conv_state
 
-    def _write_key(self, x: Tensor, step: Any, statistic: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """beta * (m * k), and the preconditioner's statistic."""
-        if self.forgetting is None:
-            write = step.key
-        else:
-            # The statistic sees the direction of a key: raw keys of any length leave it in its stable range.
-            seen = step.key if self.spec.unit_keys else F.normalize(step.key, dim=-1)
-            multiplier, statistic = self.preconditioner(x, seen, step.beta, self.forgetting(x), statistic)
-            write = multiplier * step.key
-        return (write if step.beta is None else step.beta.unsqueeze(-1) * write), statistic
+    def _steps(self, x: Tensor, key: Tensor, gate: GateOutput, position: Tensor | None) -> list[Step]:
+        """The step of every substep, each over [B,T]."""
+        n = self.spec.substeps
+        extra: tuple[Tensor, ...] = ()
+        if self.step_size.needs_position:
+            extra = (torch.zeros(len(x), dtype=torch.int64, device=x.device) if position is None else position,)
+        return [module(x, key[:, j::n], gate, *extra) for j, module in enumerate((self.step_size, *self.later_steps))]
+
+    def _log_decay(self, gate: GateOutput, steps: list[Step]) -> Tensor | None:
+        """The state's log_decay over [B,Tn]: the gate's at the first substep, what a step itself asks for at the others."""
+        first: Tensor | None = self.gate.decay(gate, steps[0])
+        if first is None or len(steps) == 1:
+            return first
+        later = [torch.zeros_like(first) if step.log_decay is None else step.log_decay for step in steps[1:]]
+        return torch.stack([first, *later], dim=2).flatten(1, 2)
+
+    def _precondition(
+        self,
+        x: Tensor,
+        each: Tensor,
+        step: Step,
+        query: Tensor,
+        read: Tensor,
+        log_decay: Tensor | None,
+        statistic: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write key beta * (preconditioned key), the query that reads, and the preconditioner's statistic."""
+        n = self.spec.substeps
+        query = self.feedback(query, read)
+        if statistic is None:
+            statistic = self.preconditioner.initial_statistic(len(x))
+        forget: Forget = self.forgetting(x, None if log_decay is None else log_decay[:, ::n])
+        if n > 1:
+            gain = None if forget.gain is None else forget.gain.repeat_interleave(n, dim=1)
+            forget = Forget(None if forget.log_decay is None else at_first(forget.log_decay, n), gain, forget.anchor)
+        told = Told(each, step.key, query, step.beta, forget, self.spec.unit_keys, self.backend)
+        key, query, statistic = self.preconditioner(told, statistic)
+        return (key if step.beta is None else step.beta.unsqueeze(-1) * key), query, statistic
 
     def _output(self, x: Tensor, o: Tensor) -> Tensor:
         if self.norm is not None:
@@ -215,6 +293,40 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
             o = o * (F.silu(gate) if self.block.output_gate == "silu" else torch.sigmoid(gate))
         y: Tensor = self.out_proj(o.to(x.dtype))
         return y
+
+
+def at_first(t: Tensor, n: int) -> Tensor:
+    """[B,T,...] -> [B,Tn,...]: at the first substep of every token, zeros at the others."""
+    zeros = t.new_zeros(*t.shape[:2], n - 1, *t.shape[2:])
+    return torch.cat([t.unsqueeze(2), zeros], dim=2).flatten(1, 2)
+
+
+def at_last(t: Tensor, n: int) -> Tensor:
+    """[B,T,...] -> [B,Tn,...]: at the last substep of every token, zeros at the others."""
+    if n == 1:
+        return t
+    zeros = t.new_zeros(*t.shape[:2], n - 1, *t.shape[2:])
+    return torch.cat([zeros, t.unsqueeze(2)], dim=2).flatten(1, 2)
+
+
+def _in_turn(steps: list[Step]) -> Step:
+    """The steps of n substeps over [B,T] as one over [B,Tn]. What a step has, the others have: they are of one class."""
+    if len(steps) == 1:
+        return steps[0]
+
+    def in_turn(parts: Sequence[Any]) -> Any:
+        return None if parts[0] is None else torch.stack(tuple(parts), dim=2).flatten(1, 2)
+
+    return Step(*(in_turn(parts) for parts in zip(*steps, strict=True)))
+
+
+def output_gate(width: int, rank: int, channels: int, kind: str) -> nn.Module | None:
+    """The projection of the output gate: none, full, or of a low rank with a bias (as in KDA's layer)."""
+    if kind == "none":
+        return None
+    if not rank:
+        return Projection(width, channels)
+    return nn.Sequential(Projection(width, rank), Projection(rank, channels, bias=True))
 
 
 class _Skip(nn.Module):

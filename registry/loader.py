@@ -112,5 +112,5 @@ def differences(left: MixerSpec, right: MixerSpec) -> list[tuple[str, str, str]]
         kinds = (left.effective()["kind"], right.effective()["kind"])
         return [] if kinds[0] == kinds[1] else [("kind", *kinds)]
     pairs = [(axis, str(choice), str(right.choices()[axis])) for axis, choice in left.choices().items()]
-    pairs += [(part, str(getattr(left, part)), str(getattr(right, part))) for part in ("erase", "qk", "block")]
+    pairs += [(part, str(getattr(left, part)), str(getattr(right, part))) for part in ("substeps", "qk", "block")]
     return [pair for pair in pairs if pair[1] != pair[2]]

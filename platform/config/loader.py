@@ -288,7 +288,7 @@ def _check_no_conflict(axes: Mapping[str, Any], everywhere: Mapping[str, Any]) -
 
 
 _SHORT = {
-    "recurrence": (*COMPONENTS, "erase", "qk", "block"),
+    "recurrence": (*COMPONENTS, "substeps", "qk", "block"),
     "model": tuple(fields_of(ModelConfig)),
     "training": tuple(fields_of(TrainingConfig)),
     "task": ("pairs", "length", "vocab", "corpus"),

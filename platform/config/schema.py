@@ -10,7 +10,7 @@ from ...strict import option
 SECTIONS = ("recurrence", "task", "model", "training")
 """The parts of `base`, and the first words of an axis."""
 
-COMPONENTS = ("gate", "step_size", "preconditioner", "forgetting")
+COMPONENTS = ("gate", "step_size", "preconditioner", "forgetting", "erase", "value_gain", "feedback")
 """The keys of a recurrence that choose a component (`recurrences.AXES`, which is not imported here: it would load torch)."""
 
 
