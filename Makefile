@@ -20,11 +20,12 @@ quickstart: $(VENV)/installed  ## install, run a real ablation (minutes), print 
 
 install: $(VENV)/installed  ## install only
 
+# `pytest`, not `python -m pytest`: that one puts the checkout on sys.path, where transformers takes kernels/ for a package.
 test: $(VENV)/installed-test  ## install what the tests need and run them all
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/installed-test  ## the tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/pytest -m slow
 
 lint: $(VENV)/installed-dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .

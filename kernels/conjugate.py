@@ -43,8 +43,8 @@ def gram_solve(q: Tensor, system: System, iterations: int, chunk_size: int) -> t
         with torch.no_grad():
             x = _solve(q, system, iterations, chunk_size)
         held, final = _gram(x, system, chunk_size)
-        if torch.is_grad_enabled():
-            residual = q - held - system.ridge * x
+        residual = q - held - system.ridge * x
+        if residual.requires_grad:
             x = _Solved.apply(residual, x, iterations, chunk_size, *system)  # type: ignore[no-untyped-call]
     return x, final
 

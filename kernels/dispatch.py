@@ -189,6 +189,10 @@ def inverse_gram_scan(
     elsewhere its alpha is 1 (and its log_decay has no gradient). `limit` is a number, not relative to `initial`: so a carried
     state continues as one pass would.
 
+    P has the digits of its dtype beside its largest entry: float32 tells beta k^T P k from 0 up to about 1e6 times what it is
+    along other directions. Beyond (long raw keys, P near the limit) P stays finite, as reference.py says, but no longer exact;
+    a float64 `initial` makes all of it float64.
+
     Args:
         key: k, [B,T,H,K]. beta: weight of each key, [B,T,H], at least 0; ones when None. log_decay: None or [B,T,H].
         initial: P_0 [B,H,K,K], positive definite; its symmetric part is used. The caller has to choose it: I / ridge.

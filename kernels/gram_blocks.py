@@ -14,7 +14,7 @@ so no G = P^-1 is formed, and no square root differentiated: beta may be 0. The 
 1 + beta k^T P k / alpha, at least 1 in exact arithmetic. Where rounding makes them less, P's digits do not suffice for keys of
 that length: such a block is halved, and so is one whose gates would cost the products too many digits.
 
-**Tokens.** The loop, for what is too short for products, with h = P_{t-1} k / (alpha + beta k^T P_{t-1} k) = P_t k and the adjoint Lam of P_t:
+**Tokens.** The loop, for what is too short for products; h = P_{t-1} k / (alpha + beta k^T P_{t-1} k) = P_t k, Lam that of P_t:
 
     dk = -2 beta P_t Lam h        dbeta = -h^T Lam h        d log alpha = beta h^T Lam h - <Lam, P_t>
     dP_{t-1} = (I - beta h k^T)^T Lam (I - beta h k^T) / alpha
@@ -35,7 +35,7 @@ from .triangular import causal
 # The products lose the digits by which a block's gates shrink what entered it: two of float32's seven.
 _MOST_FORGOTTEN = 4.6
 _LOWEST_PIVOT = 0.9
-_SHORTEST = 4
+_SHORTEST = 8
 # Which tokens may forget depends on P and P on them: the guess is mended until it agrees with itself, mostly at once.
 _GUESSES = 4
 
@@ -103,6 +103,8 @@ class Products(NamedTuple):
             return None if factors is None else cls(x, P, *factors, None, None)
         trace = _trace(P)[:, None]
         highest = x.log_decay.exp() * (limit * P.shape[-1])
+        if not bool((_size(P) <= 2 * trace).all()):
+            return None
         forgets = trace <= highest
         for _ in range(_GUESSES):
             g = torch.where(forgets, x.log_decay, 0.0).cumsum(-1)
@@ -150,7 +152,7 @@ class Products(NamedTuple):
 
     def _entering(self, dY: Tensor, Lam: Tensor) -> Tensor:
         """The adjoint of P from that of the P that leaves and of what was read, both without their decays."""
-        Z = torch.linalg.solve_triangular(self.L, self.B, upper=False)
+        Z: Tensor = torch.linalg.solve_triangular(self.L, self.B, upper=False)
         held = self.W @ Lam
         change = Z.mT @ held.baddbmm_(held @ self.W.mT, Z, alpha=-0.5)
         for dy, x, mask in zip(dY, self.block.X, self._masks(), strict=True):
@@ -211,13 +213,13 @@ class Halves(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The same token by token. Time leads: [C,G,.]."""
+    """Time leads here: [C,G,.]."""
 
     block: Block
     states: Tensor  # [C+1,G,K,K] every P
     h: Tensor  # [C,G,K] P_t k
-    beta: Tensor  # [C,G,1] 0 where rounding has made k^T P k <= 0, as a positive definite P cannot
-    alpha: Tensor | None  # [C,G,1] 1 where a token may not forget
+    beta: Tensor  # [C,G,1] 0 where rounding has made P indefinite
+    growth: Tensor | None  # [C,G,1] 1 / alpha of the tokens that may forget, else 1
     forgets: Tensor | None  # [C,G,1], 1 for the tokens that may, else 0
 
     @classmethod
@@ -226,47 +228,62 @@ class Tokens(NamedTuple):
         states = P.new_empty(C + 1, *P.shape)
         states[0] = P
         key, beta = _time_first(x.key), _time_first(x.beta[..., None])
+        h = torch.empty_like(key)
+        alpha, growth, forgets = torch.ones_like(beta), torch.ones_like(beta), torch.zeros_like(beta)
         gate = None if x.log_decay is None else _time_first(x.log_decay[..., None]).exp()
-        h, alpha, forgets = torch.empty_like(key), torch.ones_like(beta), torch.empty_like(beta)
+        highest = alpha if gate is None else gate * (limit * K)
         for t in range(C):
-            P = states[t]
-            u = _apply(P, key[t])
-            g = (key[t] * u).sum(-1, keepdim=True)
-            beta[t].masked_fill_(~(g > 0), 0)
+            P, k, after = states[t], key[t], states[t + 1]
+            u = (P * k[:, None, :]).sum(-1)
+            g = (k * u).sum(-1, keepdim=True)
+            trace = _trace(P)[:, None]
+            b = beta[t].mul_((g >= 0) & ((u * u).sum(-1, keepdim=True) <= 2 * trace * g))
             if gate is not None:
-                may = _trace(P)[:, None] <= gate[t] * (limit * K)
-                alpha[t], forgets[t] = torch.where(may, gate[t], 1.0), may
-            inverse = torch.addcmul(alpha[t], beta[t], g).reciprocal_()
+                may = (trace <= highest[t]) & (_size(P) <= 2 * trace)
+                torch.where(may, gate[t], alpha[t], out=alpha[t])
+                torch.reciprocal(alpha[t], out=growth[t])
+                forgets[t] = may
+                P = torch.mul(P, growth[t, ..., None], out=after)
+            inverse = torch.addcmul(alpha[t], b, g).reciprocal_()
             torch.mul(u, inverse, out=h[t])
-            # One factor beside u u^T: rounded so, P stays symmetric to the last bit, as it must (reference.py).
-            taken = (u[:, :, None] * u[:, None, :]).mul_((beta[t] * inverse)[..., None])
-            torch.sub(P, taken, out=states[t + 1])
-            if gate is not None:
-                states[t + 1].div_(alpha[t, ..., None])
-        return cls(x, states, h, beta, *((None, None) if gate is None else (alpha, forgets)))
+            # One vector from both sides: rounded so, P stays symmetric to the last bit, as it must (reference.py).
+            v = u.mul_((b * inverse).mul_(growth[t]).sqrt_())
+            torch.addcmul(P, v[:, :, None], v[:, None, :], value=-1, out=after)
+        return cls(x, states, h, beta, *((None, None) if gate is None else (growth, forgets)))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self._read(self.block.X), self.states[-1]
 
     def backward(self, dY: Tensor, Lam: Tensor) -> Gradients:
-        key, x, dy = _time_first(self.block.key), _time_first(self.block.X), _time_first(dY)
-        held, pull, weighed = torch.empty_like(key), torch.empty_like(self.beta), torch.empty_like(self.beta)
+        key, Lams = _time_first(self.block.key), self._sources(dY)
+        Lams[-1] += Lam
+        held, pull = torch.empty_like(key), torch.empty_like(self.beta)
         for t in reversed(range(len(key))):
-            if x.shape[1] == 2:
-                Lam = Lam + _both_ways(dy[t, 1], x[t, 1]).mul_(0.5)
-            weighed[t, :, 0] = (Lam * self.states[t + 1]).sum((-2, -1))
-            held[t] = _apply(Lam, self.h[t])
-            pull[t] = (self.h[t] * held[t]).sum(-1, keepdim=True)
+            Lam, b, k = Lams[t + 1], self.beta[t], key[t]
+            torch.sum(Lam * self.h[t, :, None, :], -1, out=held[t])
+            torch.sum(self.h[t] * held[t], -1, keepdim=True, out=pull[t])
             # Lam - beta (k m^T + m k^T) is the product from both sides, m = Lam h - beta/2 (h^T Lam h) k.
-            m = torch.addcmul(held[t], self.beta[t] * pull[t], key[t], value=-0.5).mul_(self.beta[t])
-            Lam = Lam - _both_ways(m, key[t])
-            if self.alpha is not None:
-                Lam.div_(self.alpha[t, ..., None])
-            Lam.add_(_both_ways(dy[t, 0], x[t, 0]), alpha=0.5)
+            m = torch.addcmul(held[t], b * pull[t], k, value=-0.5).mul_(b)
+            both = (m[:, :, None] * k[:, None, :]).add_(k[:, :, None] * m[:, None, :])
+            change = torch.sub(Lam, both, out=both)
+            if self.growth is not None:
+                change.mul_(self.growth[t, ..., None])
+            Lams[t] += change
         d_key = _apply(self.states[1:], held).mul_(-2 * self.beta)
         d_beta = -pull.masked_fill(_time_first(self.block.beta[..., None]) != self.beta, 0)
-        d_log = None if self.forgets is None else (self.beta * pull - weighed).mul_(self.forgets)[..., 0].T
-        return Gradients(d_key.transpose(0, 1), d_beta[..., 0].T, d_log, self._read(dY), Lam)
+        d_log = None
+        if self.forgets is not None:
+            weighed = (Lams[1:] * self.states[1:]).sum((-2, -1))[..., None]
+            d_log = (self.beta * pull - weighed).mul_(self.forgets)[..., 0].T
+        return Gradients(d_key.transpose(0, 1), d_beta[..., 0].T, d_log, self._read(dY), Lams[0])
+
+    def _sources(self, dY: Tensor) -> Tensor:
+        """What the reads add to the adjoint of every P, [C+1,G,K,K]."""
+        x, dy = _time_first(self.block.X), _time_first(dY)
+        sources = torch.zeros_like(self.states)
+        for kind in range(x.shape[1]):
+            sources[kind : len(x) + kind] += dy[:, kind, :, :, None] * (0.5 * x[:, kind, :, None, :])
+        return sources + sources.mT
 
     def _read(self, X: Tensor) -> Tensor:
         rows = [_apply(self.states[kind : len(self.states) - 1 + kind], _time_first(x)) for kind, x in enumerate(X)]
@@ -274,16 +291,16 @@ class Tokens(NamedTuple):
 
 
 def _factors(key: Tensor, weight: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """B, L and W; None where the pivots show that rounding has taken over."""
+    """B, L and W; None where the pivots or the trace of W^T W show that rounding has taken over."""
     B = weight.sqrt()[..., None] * key
     BP = B @ P
     A = BP @ B.mT
     A.diagonal(dim1=-2, dim2=-1).add_(1)
     L, failed = torch.linalg.cholesky_ex(A)
+    W: Tensor = torch.linalg.solve_triangular(L, BP, upper=False)
     sound = (L.diagonal(dim1=-2, dim2=-1).square() >= _LOWEST_PIVOT).all(-1) & (failed == 0)
-    if not bool(sound.all()):
-        return None
-    return B, L, torch.linalg.solve_triangular(L, BP, upper=False)
+    sound &= W.square().sum((-2, -1)) <= 2 * _trace(P)
+    return (B, L, W) if bool(sound.all()) else None
 
 
 def _before(g: Tensor) -> Tensor:
@@ -295,16 +312,16 @@ def _trace(P: Tensor) -> Tensor:
     return P.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
+def _size(P: Tensor) -> Tensor:
+    """The Frobenius norm, [G,1]."""
+    return P.square().sum((-2, -1)).sqrt()[:, None]
+
+
 def _time_first(x: Tensor) -> Tensor:
     """[G,C,.] -> [C,G,.]; [R,G,C,.] -> [C,R,G,.]."""
     return x.movedim(-2, 0).contiguous()
 
 
 def _apply(P: Tensor, x: Tensor) -> Tensor:
-    return (P @ x[..., None])[..., 0]
-
-
-def _both_ways(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T + b a^T for every head."""
-    outer = a[:, :, None] * b[:, None, :]
-    return outer + outer.mT
+    """P x for every token and head."""
+    return torch.matmul(P, x[..., None])[..., 0]

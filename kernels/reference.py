@@ -96,8 +96,9 @@ def inverse_gram_scan(
 
     key, before, after [B,T,H,K]; beta [B,T,H]; log_decay (log alpha) None | [B,T,H]; P = P_0 [B,H,K,K], symmetric.
     Returns P_{t-1} before_t, P_t after_t (None without `after`), and the last P. Two rules keep P finite; neither is
-    differentiated: alpha_t = 1 where P_{t-1} / alpha_t would have a mean diagonal over `limit`; and beta_t = 0 where
-    rounding has made k^T P k <= 0, which a positive definite P cannot give.
+    differentiated. alpha_t = 1 where P_{t-1} / alpha_t would have a mean diagonal over `limit`. And where rounding has made P
+    indefinite, which these bounds for positive semidefinite P show with a factor of 2 to spare, it is not made worse:
+    beta_t = 0 unless 0 <= |P k|^2 <= 2 tr(P) k^T P k, alpha_t = 1 unless |P| <= 2 tr(P).
     """
     seen, updated = [], []
     for t in range(key.shape[1]):
@@ -105,11 +106,13 @@ def inverse_gram_scan(
         seen.append(_read(P, before[:, t]))
         u = _read(P, k)
         g = (k * u).sum(-1)
-        b = torch.where(g > 0, b, 0.0)
+        trace = P.diagonal(dim1=-2, dim2=-1).sum(-1)
+        b = torch.where((g >= 0) & (u.square().sum(-1) <= 2 * trace * g), b, 0.0)
         alpha = torch.ones_like(b)
         if log_decay is not None:
-            alpha = log_decay[:, t].exp()
-            alpha = torch.where(_mean_diagonal(P) <= alpha * limit, alpha, 1.0)
+            gate = log_decay[:, t].exp()
+            may = (trace <= gate * limit * P.shape[-1]) & (P.square().sum((-2, -1)).sqrt() <= 2 * trace)
+            alpha = torch.where(may, gate, 1.0)
         P = (P - (b / (alpha + b * g))[..., None, None] * u[..., :, None] * u[..., None, :]) / alpha[..., None, None]
         # Rounding's asymmetry, in P and in its adjoint, is not updated away: it would grow as 1 / alpha a token.
         P = (P + P.mT) / 2
@@ -132,11 +135,6 @@ def gram_solve(q: Tensor, key: Tensor, beta: Tensor, log_decay: Tensor | None, r
         G = G + beta[:, t, :, None, None] * k[..., :, None] * k[..., None, :]
         solutions.append(torch.linalg.solve(G + ridge.diag_embed(), q[:, t]))
     return _stack(solutions, like=q), G
-
-
-def _mean_diagonal(P: Tensor) -> Tensor:
-    """[B,H] of [B,H,K,K], without a gradient: it only decides."""
-    return P.detach().diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
 def _read(state: Tensor, key: Tensor) -> Tensor:

@@ -133,11 +133,13 @@ class _HypergradientScan(torch.autograd.Function):
                 x = _Keys.of(plan, start, s, step, aware, log_decay)
                 L = x.within * (x.S @ x.S.mT) * x.b[..., None] * x.c[..., None, :]
                 ahead, behind = x.b[..., None] * x.since_start * x.S, x.c[..., None] * x.until_end * x.S
-                target = 1 if a is None else 1 - x.b[..., None] * (1 - x.since_start) * (x.S @ a[..., None])
+                target = torch.ones_like(x.b[..., None])
+                if a is not None:
+                    target -= x.b[..., None] * (1 - x.since_start) * (x.S @ a[..., None])
                 entering, z = [], []
                 for n in range(len(L)):
                     entering.append(d)
-                    z.append(solve(L[n], (1 if a is None else target[n]) - ahead[n] @ d[..., None]))
+                    z.append(solve(L[n], target[n] - ahead[n] @ d[..., None]))
                     kept = x.whole[n] * d if a is None else x.whole[n] * d + (1 - x.whole[n]) * a
                     d = torch.baddbmm(kept[:, None], z[n].mT, behind[n])[:, 0]
                     if box is not None:

@@ -94,8 +94,8 @@ class _ClippedHypergradientScan(torch.autograd.Function):
                 else:
                     torch.addcmul(upstream[t], gamma[t], adjoint[t], out=current)
                 current.addcmul_(pull, keys[t], value=-1)
-        batch, length, heads, _ = s.shape
-        adjoints = adjoint.view(length, batch, heads, -1).transpose(0, 1)
+        batch, length, heads, K = s.shape
+        adjoints = adjoint.view(length, batch, heads, K).transpose(0, 1)
         *gradients, d_anchor = hypergradient_gradients(s, step, aware, log_decay, anchor, out, adjoints)
         return *gradients, current.view(batch, heads, -1).to(ctx.initial_dtype), d_anchor, None, None
 
