@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import unknown
-from . import chunked, conjugate, inverse_gram, reference, scans, token_scan
+from ..errors import UserError, unknown
+from . import chunked, conjugate, cpu, inverse_gram, reference, scans, token_scan
 from .checks import (
     check_delta_rule,
     check_diagonal_scan,
@@ -16,21 +16,27 @@ from .checks import (
 )
 from .precision import without_autocast, working_dtype
 
-_BACKENDS = ("reference", "torch")
+_BACKENDS = ("reference", "torch", "cpu")
 
 
 def backends() -> tuple[str, ...]:
-    """The backends of this installation: "reference", the definition, and "torch", the chunk form on every device."""
+    """Of this installation: "reference", the definition; "torch", the chunk form on every device; "cpu", the compiled loop."""
     return _BACKENDS
 
 
-def resolve_backend(name: str, device: torch.device | str) -> str:
-    """The backend that `name` means on `device`; "auto" is the fastest one there. Errors: `UserError` for an unknown name."""
-    torch.device(device)
+def resolve_backend(name: str, device: torch.device | str, key_width: int = 0, value_width: int = 0) -> str:
+    """The backend that `name` means on `device` for heads of these widths (0: any); "auto" is the fastest one there.
+
+    On a CPU that is the compiled token loop for widths from 16 to 256; narrower heads gain nothing from being compiled.
+    Errors: `UserError` for an unknown name, and for "cpu" on another device.
+    """
+    device = torch.device(device)
     if name == "auto":
-        return "torch"
+        return "cpu" if cpu.serves(device, key_width, value_width) else "torch"
     if name not in _BACKENDS:
         raise unknown("backend", name, ("auto", *_BACKENDS), "backend")
+    if name == "cpu" and device.type not in ("cpu", "meta"):
+        raise UserError(f"backend: 'cpu' cannot work on {device}. Valid there: auto, reference, torch")
     return name
 
 
@@ -60,7 +66,8 @@ def delta_rule(
         initial_state: [B,H,K,V], zeros when None.
         scale: factor of the output, K**-0.5 when None.
         erase: subtract what the memory already holds for `read_key` before writing (the delta rule).
-        backend: "auto", "reference" (token loop) or "torch" (chunk form); the same function, up to rounding.
+        backend: "auto", "reference" (the definition), "torch" (chunk form) or "cpu" (compiled token loop): the same function, up
+            to rounding.
         chunk_size: tokens a chunk at most; matters for speed only.
 
     Returns: o [B,T,H,V] in v's dtype, and the state after the last token [B,H,K,V] in the working dtype: the widest dtype of
@@ -70,10 +77,12 @@ def delta_rule(
     Errors: `UserError` (a ValueError) that names the argument, what it holds and what it should hold.
     """
     check_delta_rule(q, read_key, write_key, v, log_decay, initial_state, scale, erase, chunk_size)
-    backend = resolve_backend(backend, q.device)
+    backend = resolve_backend(backend, q.device, q.shape[-1], v.shape[-1])
     dtype = working_dtype(q, log_decay, initial_state)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rows = read_key if erase else None
+    if backend == "cpu":
+        return cpu.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype)
     # One token, as in decoding, is one step of the loop: a third of the time of a chunk of one.
     if backend == "torch" and q.shape[1] != 1:
         return chunked.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, chunk_size, dtype)
@@ -114,7 +123,7 @@ def diagonal_scan(
     if goal is not None and log_decay is not None:
         u = u + (1 - log_decay.to(dtype).exp())[..., None] * goal[:, None]
     first = u.new_zeros(B, H, K, dtype=dtype) if initial is None else initial
-    if backend == "torch":
+    if backend != "reference":
         return scans.diagonal_scan(u, log_decay, first, chunk_size, dtype)
     return reference.diagonal_scan(u.to(dtype), _to(log_decay, dtype), first.to(dtype))
 
@@ -151,7 +160,7 @@ def hypergradient_scan(
     Errors: `UserError` (a ValueError) that names the argument.
     """
     check_hypergradient_scan(s, step, aware, log_decay, initial, box, clip, anchor, chunk_size)
-    backend = resolve_backend(backend, s.device)
+    backend = resolve_backend(backend, s.device, s.shape[-1], s.shape[-1])
     numbers = [x for x in (step, anchor) if isinstance(x, Tensor)]
     dtype = working_dtype(s, aware, log_decay, initial, *numbers)
     goal = _anchor(anchor, log_decay, s, dtype)
@@ -163,6 +172,8 @@ def hypergradient_scan(
         every = chunk_size if clip == "chunk" else 1
         b, gamma = _to(aware, dtype), _to(log_decay, dtype)
         return reference.hypergradient_scan(s.to(dtype), eta.to(dtype), b, gamma, first.to(dtype), goal, edges, every)
+    if backend == "cpu" and edges is not None and clip == "token":
+        return cpu.clipped_hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, dtype)
     if edges is not None and clip == "token":
         return token_scan.clipped_hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, dtype)
     return scans.hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, chunk_size, dtype)
@@ -213,7 +224,7 @@ def inverse_gram_scan(
     weight = key.new_ones(key.shape[:3], dtype=dtype) if beta is None else beta
     rows = key if before is None else before
     first = _symmetric(initial.to(dtype))
-    if backend == "torch":
+    if backend != "reference":
         return inverse_gram.inverse_gram_scan(key, weight, log_decay, first, rows, after, float(limit), chunk_size, dtype)
     return reference.inverse_gram_scan(
         key.to(dtype), weight.to(dtype), _to(log_decay, dtype), first, rows.to(dtype), _to(after, dtype), float(limit)
@@ -254,7 +265,7 @@ def gram_solve(
     B, T, H, K = q.shape
     wide = key.to(dtype)
     first = None if initial is None else _symmetric(initial.to(dtype))
-    if backend == "torch":
+    if backend != "reference":
         write = wide if beta is None else wide * beta.to(dtype)[..., None]
         system = conjugate.System(wide, write, _to(log_decay, dtype), ridge.to(dtype), first)
         return conjugate.gram_solve(q.to(dtype), system, iterations, chunk_size)

@@ -52,6 +52,8 @@ class MixerState:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
 
+# So that torch.load reads a saved state as it is, without `weights_only=False`: there is nothing in it but tensors.
+torch.serialization.add_safe_globals([MixerState])
 _MIXERS: dict[type, type[Mixer]] = {}
 """Kind of spec -> the mixer that is built from it."""
 
@@ -106,7 +108,7 @@ class Mixer(nn.Module):
 
     def resolved_backend(self, device: torch.device) -> str:
         """The kernel backend that serves this mixer on `device`: what `auto` stands for."""
-        return resolve_backend(self.backend, device)
+        return resolve_backend(self.backend, device, self.shape.key, self.shape.value)
 
     def flops_per_token(self, context: int) -> int:
         """Floating point operations of one token's forward pass after `context` tokens; a multiply-add counts as two."""

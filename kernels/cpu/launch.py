@@ -1,0 +1,65 @@
+"""Calling compiled loops: tensors as arrays, torch's threads, and a word to the user where compilation takes seconds."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORTH_A_THREAD = 1 << 17
+"""Numbers worked on (state x tokens) from which a second thread pays."""
+_compiled: set[tuple[object, ...]] = set()
+
+
+def arrays(*tensors: Tensor) -> tuple[Any, ...]:
+    """The tensors' memory as NumPy arrays; they must be contiguous."""
+    return tuple(tensor.detach().numpy() for tensor in tensors)
+
+
+def scalar(number: float, dtype: torch.dtype) -> Any:
+    """A NumPy scalar of `dtype`: a Python float would make the loop work in float64."""
+    return torch.tensor(number, dtype=dtype).numpy()[()]
+
+
+@contextmanager
+def launch(name: str, key: tuple[object, ...], work: int) -> Iterator[None]:
+    """Around a call of the loop `name`, compiled for `key`: torch's threads, or one where a second does not pay.
+
+    Compiling takes seconds, once on a machine, since the result is kept on disk; where it does, the user is told.
+    """
+    with _threads(work), _announced(name, key):
+        yield
+
+
+@contextmanager
+def _threads(work: int) -> Iterator[None]:
+    import numba
+
+    wanted = torch.get_num_threads() if work >= _WORTH_A_THREAD else 1
+    before = numba.get_num_threads()  # a number per calling thread: autograd's is another one
+    numba.set_num_threads(max(1, min(wanted, numba.config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
+@contextmanager
+def _announced(name: str, key: tuple[object, ...]) -> Iterator[None]:
+    if (name, *key) in _compiled:
+        yield
+        return
+    message = f"deltalab: compiling the {name} for this machine, once ({', '.join(map(str, key))}) ..."
+    timer = threading.Timer(1.5, lambda: print(message, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    _compiled.add((name, *key))
