@@ -19,9 +19,10 @@ from .component import (
 )
 from .initialise import initialise
 from .language_model import LanguageModel
+from .layers import Projection
 from .mixer import Mixer, MixerState, RecurrentMixer
-from .preconditioners import Multiplier, Multiplies
-from .signals import Forget, GateOutput, Preconditioned, Step, Told
+from .multipliers import Multiplier, Multiplies
+from .signals import Forget, GateOutput, Preconditioned, Step, Told, wide
 from .spec import (
     About,
     AttentionSpec,
@@ -60,6 +61,7 @@ __all__ = [
     "Multiplies",
     "Preconditioned",
     "Preconditioner",
+    "Projection",
     "QueryKey",
     "RecurrenceSpec",
     "RecurrentMixer",
@@ -74,5 +76,6 @@ __all__ = [
     "initialise",
     "layers_of",
     "spec_from_mapping",
+    "wide",
     "with_block",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from .initialise import initialise
 from .layers import Projection
 from .mixer import Mixer, MixerState
+from .signals import wide
 from .spec import AttentionSpec
 
 _FEWEST_ROWS = 64
@@ -27,8 +28,8 @@ def rotate(x: Tensor, start: int | Tensor, base: float) -> Tensor:
     last channel is left alone."""
     half = x.shape[-1] // 2
     position = torch.arange(x.shape[-2], device=x.device) + (start[:, None, None] if isinstance(start, Tensor) else start)
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / max(half, 1))
-    angle = position[..., None].to(torch.float32) * frequency
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=wide(x)) / max(half, 1))
+    angle = position[..., None].to(wide(x)) * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)

@@ -13,15 +13,16 @@ values in numbers, the source and the caveats. What passes between components of
 from __future__ import annotations
 
 import dataclasses
-import sys
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from ..errors import UserError, unknown
+from ..errors import UserError, shown, unknown
 from ..strict import build, join, plain
+from . import plugins
 from .signals import Forget, GateOutput, Preconditioned, Step, Told
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ DEFAULTS = {
 }
 """What a card that does not name an axis gets."""
 _COMPONENTS: dict[str, dict[str, type[Component]]] = {axis: {} for axis in AXES}
+
+STABLE = 2.0
+"""The largest <k, write> at which an erase does not grow the memory: I - w k^T has the eigenvalue 1 - <k, w> >= -1."""
+_BOUNDED_STEP = "valid is a bounded step size such as {name: sigmoid, range: [0, 2]}, or erase: none"
 
 C = TypeVar("C", bound="type[Component]")
 
@@ -119,17 +124,37 @@ class StepSize(Component):
         """The largest beta |k|^2 it can give to a unit key (or to any key, where `unit_keys`)."""
         return 1.0
 
+    @classmethod
+    def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+        largest = cls.largest(config)
+        if not spec.erases or spec.limits_step or largest <= STABLE:
+            return []
+        reach = "is not bounded" if math.isinf(largest) else f"can reach {largest:.4g}"
+        high = getattr(config, "range", (0.0, 0.0))[1]
+        valid = f"valid is a range up to {STABLE * high / largest:.4g}" if 0 < largest < math.inf and high else _BOUNDED_STEP
+        return [f"beta |k|^2 {reach}; the erase is stable only while it is <= 2: {valid}"]
+
 
 class Preconditioner(Component):
     """How the step differs per feature: forward(Told, statistic) -> Preconditioned.
 
-    Most preconditioners multiply each channel by a number: subclass `preconditioners.Multiplier`, which has the controls, the
+    Most preconditioners multiply each channel by a number: subclass `multipliers.Multiplier`, which has the controls, the
     sides and the normalisers, and write `multiplier` alone.
     """
 
     axis = "preconditioner"
     has_statistic: ClassVar[bool] = True
     """False where nothing is carried from token to token, so that there is nothing to forget."""
+
+    @classmethod
+    def limits_step(cls, config: Any) -> bool:
+        """True where the read key meets at most 1 of what is written, <k, write> <= 1, whatever beta and the key are."""
+        return False
+
+    @classmethod
+    def limits_key(cls, config: Any) -> bool:
+        """True where it meets at most beta of it, <k, write> <= beta, however long the key is."""
+        return cls.limits_step(config)
 
     def initial_statistic(self, batch: int) -> Tensor | None:
         """The statistic before the first token, [B,H,K] or [B,H,K,K], float32 or wider; None where there is none."""
@@ -143,6 +168,11 @@ class Forgetting(Component):
     """How the preconditioner's statistic forgets: forward(x [B,T,D], the state's log_decay) -> Forget."""
 
     axis = "forgetting"
+
+    @classmethod
+    def smallest(cls, config: Any) -> float:
+        """The smallest gamma it can give."""
+        return 0.0
 
     def forward(self, x: Tensor, state_log_decay: Tensor | None) -> Forget:
         raise NotImplementedError
@@ -240,17 +270,16 @@ _BASES: dict[str, type[Component]] = {
 
 
 def components(axis: str) -> Mapping[str, type[Component]]:
-    """Name -> class of every choice on `axis`."""
+    """Name -> class of every choice on `axis`, those of plug-ins included."""
     if axis not in AXES:
         raise unknown("axis", axis, AXES)
+    plugins.attempt()
     return dict(_COMPONENTS[axis])
 
 
 def origin(cls: type[Component]) -> str:
-    """Where a component comes from: `deltalab`, or the top package and version of a plug-in."""
-    top = cls.__module__.split(".")[0]
-    version = getattr(sys.modules.get(top), "__version__", "")
-    return top if top == "deltalab" or not version else f"{top} {version}"
+    """Where a component comes from: `deltalab`, or a plug-in's package, version and digest."""
+    return plugins.origin(cls.__module__)
 
 
 def choose(axis: str, value: object, path: str = "") -> Choice:
@@ -258,6 +287,7 @@ def choose(axis: str, value: object, path: str = "") -> Choice:
     if isinstance(value, Choice):
         return value
     path = path or axis
+    problems = plugins.attempt()
     # YAML 1.1 reads a bare `none` as text but `null`/`~` as None: both say that nothing is chosen.
     options = dict(value) if isinstance(value, Mapping) else {"name": "none" if value is None else value}
     if "name" not in options:
@@ -265,5 +295,7 @@ def choose(axis: str, value: object, path: str = "") -> Choice:
     name = options.pop("name")
     found = _COMPONENTS[axis].get(name) if isinstance(name, str) else None
     if found is None:
+        if problems:  # of a plug-in that may be the one that has it
+            raise UserError(f"{path}: {shown(name)}: {problems[0]}")
         raise unknown(axis.replace("_", " "), name, _COMPONENTS[axis], path)
     return Choice(found, build(found.Config, options, path))

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..kernels import gram_solve, inverse_gram_scan
 from ..strict import option
 from .component import HeadShape, Preconditioner, component
-from .preconditioners import Controls, inverse_softplus, permutation
+from .multipliers import Controls, inverse_softplus, permutation, too_long
 from .signals import Preconditioned, Told, wide
 
 if TYPE_CHECKING:
@@ -71,9 +71,16 @@ class Exact(Preconditioner):
 
     @classmethod
     def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+        found = too_long(config, spec, 0.0, lambda *_: "")
         if config.side != "query" and spec.gate.name != "none":
-            return [f"with gate: {spec.gate.name} the write side is a heuristic: the exact solution does not decay the state"]
-        return []
+            why = "the write side is a heuristic: the exact solution does not decay the state"
+            found.append(f"with gate: {spec.gate.name} {why}")
+        return found
+
+    @classmethod
+    def limits_step(cls, config: Any) -> bool:
+        # c k^T G^-1 k = c g / (gamma + c g), g = k^T P k; `mean` has the same gain along k.
+        return bool(config.side != "query" and config.control in ("none", "mean"))
 
     def _lambda(self) -> Tensor:
         floor: float = self.config.floor

@@ -34,17 +34,28 @@ class Anchored:
 class NoForgetting(Forgetting):
     """gamma_t = 1: the statistic keeps every token."""
 
+    @classmethod
+    def smallest(cls, config: Any) -> float:
+        return 1.0
+
     def forward(self, x: Tensor, state_log_decay: Tensor | None) -> Forget:
         return Forget()
 
 
 @component("forgetting", "constant")
 class ConstantForgetting(Forgetting):
-    """gamma_t = gamma, a fixed number."""
+    """gamma_t = gamma, a fixed number.
+
+    No parameters. Source: RMSProp's average, Tieleman and Hinton 2012.
+    """
 
     @dataclass(frozen=True)
     class Config(Anchored):
         gamma: float = option(0.99, "what one token leaves of the statistic", above=0, max=1)
+
+    @classmethod
+    def smallest(cls, config: Any) -> float:
+        return float(config.gamma)
 
     def forward(self, x: Tensor, state_log_decay: Tensor | None) -> Forget:
         log_decay = x.new_full((*x.shape[:2], self.shape.heads), math.log(self.config.gamma), dtype=wide(x))
@@ -62,7 +73,7 @@ class Biased(Anchored):
 class LearnedForgetting(Forgetting):
     """gamma = sigmoid(b), b learned per head.
 
-    Starts at b = 6.9: gamma = 0.999.
+    Starts at b = 6.9: gamma = 0.999. Source: a control of `token`, which adapts to the input.
     """
 
     Config = Biased  # type: ignore[assignment]

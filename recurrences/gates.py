@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .spec import RecurrenceSpec
 
 DT_FLOOR = 1e-4
+LARGEST_A_LOG = 64.0
 
 
 @component("gate", "none")
@@ -73,6 +74,11 @@ def initialise_decay(a_log: Tensor, dt_bias: Tensor, law: DecayLaw, generator: t
     dt_bias.add_(torch.log(-torch.expm1(-dt_bias)))
 
 
+def rate(a_log: Tensor) -> Tensor:
+    """A = exp(A_log), kept finite: so large, nothing survives a token, and an infinity would turn its gradient of 0 into NaN."""
+    return a_log.clamp(max=LARGEST_A_LOG).exp()
+
+
 class HeadDecay(Component):
     """dt = softplus(W x + dt_bias) and log a = -exp(A_log) dt, one number per head: a law that gates and forgetting share."""
 
@@ -88,7 +94,7 @@ class HeadDecay(Component):
     def log_decay_and_dt(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B,T,D] -> (log a, dt), both [B,T,H]."""
         dt = F.softplus(self.proj(x).to(self.dt_bias.dtype) + self.dt_bias)
-        return -self.A_log.exp() * dt, dt
+        return -rate(self.A_log) * dt, dt
 
 
 @component("gate", "scalar")
@@ -136,7 +142,7 @@ class ChannelGate(Gate):
     def forward(self, x: Tensor) -> GateOutput:
         z = self.up(self.down(x)).to(self.dt_bias.dtype) + self.dt_bias
         z = z.unflatten(-1, (self.shape.heads, self.shape.key))
-        A = self.A_log.exp().unsqueeze(-1)
+        A = rate(self.A_log).unsqueeze(-1)
         if self.config.lower_bound:
             return GateOutput(self.config.lower_bound * torch.sigmoid(A * z))
         return GateOutput(-A * F.softplus(z))
@@ -196,7 +202,7 @@ class ChannelSigmoidGate(Gate):
 class TiedGate(Gate):
     """a_t = 1 - beta_t, with the step size's own beta: what is written displaces as much as it weighs.
 
-    Needs a step size that stays within (0, 1). No parameters.
+    Needs a step size that stays within (0, 1). No parameters. Source: the coupled gates of the GRU, arXiv 1406.1078.
     """
 
     @classmethod

@@ -9,14 +9,31 @@ bias were overwritten by a model-wide initialiser.)
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
+
+_LATER = ContextVar("initialised later", default=False)
+
+
+@contextmanager
+def initialised_later() -> Iterator[None]:
+    """Within it `initialise` does nothing: whoever builds a model of parts sets every value once, under its full name."""
+    token = _LATER.set(True)
+    try:
+        yield
+    finally:
+        _LATER.reset(token)
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int | None = None) -> None:
     """Set every parameter of `model`. Seed None: drawn from torch's generator. A model on the meta device is left alone."""
+    if _LATER.get():
+        return
     owners = {name: list(module.parameters(recurse=False)) for name, module in model.named_modules()}
     if any(parameter.is_meta for own in owners.values() for parameter in own):
         return

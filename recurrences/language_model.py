@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .component import Component
-from .initialise import initialise
+from .initialise import initialise, initialised_later
 from .layers import PROJECTION_STD, Embedding, Projection, RMSNorm
 from .mixer import Mixer, MixerState
 from .spec import SPECS, LayerSpec, MixerSpec, layers_of
@@ -67,6 +67,19 @@ def _pattern(spec: MixerSpec | Sequence[MixerSpec]) -> list[LayerSpec]:
     return [layer for one in given for layer in layers_of(one)]
 
 
+def mlp_width(width: int, ratio: float, hidden: int) -> int:
+    """The MLP's hidden width, which is given as a ratio or as a number; 0: no MLP."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < math.inf:
+        raise UserError(f"mlp_ratio: {ratio!r} is not a number of at least 0")
+    if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 0:
+        raise UserError(f"mlp_hidden: {hidden!r} is not an integer of at least 0")
+    if ratio and hidden:
+        raise UserError(f"mlp_hidden: {hidden} stands beside mlp_ratio {ratio:g}; give the hidden width by one of them")
+    if ratio and not round(ratio * width):
+        raise UserError(f"mlp_ratio: {ratio:g} times the width {width} is no hidden width of at least 1; 0: no MLP")
+    return hidden or round(ratio * width)
+
+
 class LanguageModel(nn.Module):
     """tokens [B,T] -> logits [B,T,N].
 
@@ -74,11 +87,12 @@ class LanguageModel(nn.Module):
         logits = model(tokens)
         logits, state = model(tokens, state=model.initial_state(batch))       # decoding: any number of tokens a call
 
-    `spec` is one spec for every layer, or a pattern that is repeated down the layers (a hybrid spec, or a sequence of specs). `mlp_ratio`
-    is the MLP's hidden width / width (0: no MLP); `tied` shares embedding and head; `seed` fixes the initial parameters by name,
-    so that two models of one seed start equal wherever they share a layer; `init_std` is the standard deviation of the
-    projections (0.02 suits a width of about 1,000; a narrow model learns faster from 1/sqrt(width)). Further keywords go to the
-    mixers' block.
+    `spec` is one spec for every layer, or a pattern that is repeated down the layers (a hybrid spec, or a sequence of specs; the
+    last repeat may be cut). The MLP's hidden width is `mlp_hidden`, or `mlp_ratio` times the width (neither: no MLP); `tied`
+    shares embedding and head; `seed` fixes the initial parameters by name, so that two models of one seed start equal wherever
+    they share a layer; `init_std` is the standard deviation of the projections (0.02 suits a width of about 1,000; a narrow model
+    learns faster from 1/sqrt(width)). Further keywords go to the mixers' block: `head_width=96`, `expand_v=2.0`, ...
+    Errors: `UserError` (a ValueError) for sizes that do not fit, such as a pattern that is longer than the model.
     """
 
     def __init__(
@@ -90,6 +104,7 @@ class LanguageModel(nn.Module):
         layers: int,
         heads: int,
         mlp_ratio: float = 0.0,
+        mlp_hidden: int = 0,
         tied: bool = True,
         backend: str = "auto",
         seed: int | None = None,
@@ -100,13 +115,16 @@ class LanguageModel(nn.Module):
         for name, value in (("vocab", vocab), ("layers", layers)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}: {value!r} is not a positive integer")
-        if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float)) or not 0 <= mlp_ratio < math.inf:
-            raise UserError(f"mlp_ratio: {mlp_ratio!r} is not a number of at least 0")
         pattern = _pattern(spec)
-        mixers = [Mixer(pattern[i % len(pattern)], width, heads, backend, seed, **block) for i in range(layers)]
+        if len(pattern) > layers:
+            names = " ".join(layer.name for layer in pattern)
+            raise UserError(f"layers: {layers} is less than the {len(pattern)} layers of the pattern {names!r}")
+        with initialised_later():
+            mixers = [Mixer(pattern[i % len(pattern)], width, heads, backend, seed, **block) for i in range(layers)]
+        hidden = mlp_width(width, mlp_ratio, mlp_hidden)
         self.vocab, self.width = vocab, width
         self.embedding = Embedding(vocab, width)
-        self.blocks = nn.ModuleList(ModelBlock(mixer, width, round(mlp_ratio * width)) for mixer in mixers)
+        self.blocks = nn.ModuleList(ModelBlock(mixer, width, hidden) for mixer in mixers)
         self.norm = RMSNorm(width)
         self.head = None if tied else Projection(width, vocab)
         for module in self.modules():

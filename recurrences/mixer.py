@@ -281,7 +281,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         forget: Forget = self.forgetting(x, None if log_decay is None else log_decay[:, ::n])
         if n > 1:
             gain = None if forget.gain is None else forget.gain.repeat_interleave(n, dim=1)
-            forget = Forget(None if forget.log_decay is None else at_first(forget.log_decay, n), gain, forget.anchor)
+            forget = Forget(None if forget.log_decay is None else at_first(forget.log_decay, n), gain, forget.anchor, n)
         told = Told(each, step.key, query, step.beta, forget, self.spec.unit_keys, self.backend)
         key, query, statistic = self.preconditioner(told, statistic)
         return (key if step.beta is None else step.beta.unsqueeze(-1) * key), query, statistic

@@ -1,13 +1,9 @@
-"""Preconditioners that multiply: every channel takes a step of its own, m_t [B,T,H,K]. (`exact.py` has the full matrix.)
-
-The multiplier acts on the write key, beta_t * (m_t * k_t), on the query, m_t * q_t, or on both (`side`). Every one of them offers
-the same controls, because a multiplier that is merely larger than 1 acts like a larger step size: `mean` (the multiplier's mean
-over channels: a gain-matched scalar), `shuffle` (its channels permuted: right sizes, wrong features) and `constant` (one number).
+"""The preconditioners that multiply (`multipliers.py`): none, sums of squared keys, a learned one, and the hypergradient.
+(`exact.py` has the full matrix.)
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,40 +14,12 @@ from torch import Tensor, nn
 
 from ..kernels import diagonal_scan, hypergradient_scan
 from ..strict import check_ascending, option
-from .component import HeadShape, Preconditioner, StepSize, component
+from .component import STABLE, Forgetting, HeadShape, Preconditioner, component
+from .multipliers import SMALLEST_CURVATURE, Multiplier, Multiplies, Normaliser, inverse_softplus, largest_step
 from .signals import Forget, Preconditioned, Told, wide
 
 if TYPE_CHECKING:
     from .spec import RecurrenceSpec
-
-SMALLEST_CURVATURE = 1e-6
-Control = Literal["none", "mean", "shuffle", "constant"]
-Side = Literal["write", "query", "both"]
-Normaliser = Literal["none", "projection", "regularised", "gated"]
-
-
-@dataclass(frozen=True)
-class Controls:
-    """What every preconditioner offers: on which side it acts, and the control that takes its place."""
-
-    side: Side = option("write", "what is preconditioned: the write key, the query, or both")
-    control: Control = option("none", "replace the multiplier: mean | shuffle | constant")
-    constant: float = option(1.0, "the multiplier under control: constant", above=0, max=1e6)
-
-
-@dataclass(frozen=True)
-class Multiplies(Controls):
-    """What every multiplier offers beside."""
-
-    normalise: Normaliser = option(
-        "none", "divide m by: projection k^T m k | regularised 1 + k^T m k | gated gamma + beta k^T m k (m as a diagonal matrix)"
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def permutation(channels: int) -> Tensor:
-    """The one fixed permutation of the control `shuffle`: the same for every layer and seed, a property of the arm."""
-    return torch.randperm(channels, generator=torch.Generator().manual_seed(0))
 
 
 @component("preconditioner", "none")
@@ -62,49 +30,6 @@ class NoPreconditioner(Preconditioner):
 
     def forward(self, told: Told, statistic: Tensor | None) -> Preconditioned:
         return Preconditioned(told.key, told.query, None)
-
-
-class Multiplier(Preconditioner):
-    """A preconditioner that is one number per channel: write `multiplier`; sides, controls and normalisers are here.
-
-    Its `Config` derives from `Multiplies`.
-    """
-
-    def multiplier(self, told: Told, key: Tensor, statistic: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(m [B,T,H,K], the statistic after the last token). `key` is the direction of `told.key`: its norm is <= 1, so that
-        raw keys of any length leave the statistic in its stable range."""
-        raise NotImplementedError
-
-    def forward(self, told: Told, statistic: Tensor | None) -> Preconditioned:
-        direction = told.key if told.unit_keys else F.normalize(told.key, dim=-1)
-        m, statistic = self.multiplier(told, direction, statistic)
-        m = self._normalised(self._controlled(m), told)
-        side = self.config.side
-        return Preconditioned(
-            told.key if side == "query" else m * told.key, told.query if side == "write" else m * told.query, statistic
-        )
-
-    def _controlled(self, m: Tensor) -> Tensor:
-        if self.config.control == "mean":
-            return m.mean(-1, keepdim=True).expand_as(m)
-        if self.config.control == "shuffle":
-            return m[..., permutation(m.shape[-1]).to(m.device)]
-        if self.config.control == "constant":
-            return torch.full_like(m, self.config.constant)
-        return m
-
-    def _normalised(self, m: Tensor, told: Told) -> Tensor:
-        kind = self.config.normalise
-        if kind == "none":
-            return m
-        along: Tensor = (m * told.key.square()).sum(-1, keepdim=True)
-        if kind == "projection":
-            return m / (along + SMALLEST_CURVATURE)
-        if kind == "regularised":
-            return m / (1 + along)
-        gamma = 1.0 if told.forget.log_decay is None else told.forget.log_decay.exp().unsqueeze(-1)
-        beta = 1.0 if told.beta is None else told.beta.unsqueeze(-1)
-        return m / (gamma + beta * along)
 
 
 def _added(square: Tensor, forget: Forget) -> Tensor:
@@ -166,20 +91,18 @@ class Diagonal(_Accumulating):
         self.centre.fill_(self.config.centre)
 
     @classmethod
+    def largest(cls, config: Any) -> float:
+        if config.squash == "none":
+            return math.inf
+        return float(config.x) if config.interval != "below" else 1.0
+
+    @classmethod
+    def remedy(cls, config: Any, beta: float) -> str:
+        return "squash: softsign or tanh, or normalise: regularised" if config.squash == "none" else f"x <= {STABLE / beta:g}"
+
+    @classmethod
     def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
-        found = []
-        largest = config.x if config.interval != "below" else 1.0
-        beta = cast(type[StepSize], spec.step_size.component).largest(spec.step_size.config)
-        writes = config.side != "query" and config.normalise == "none"
-        if config.control == "constant":
-            largest = config.constant
-        elif config.squash == "none":
-            largest = math.inf
-        if writes and spec.erases and beta * largest > 2:
-            found.append(
-                f"beta x can reach {beta * largest:g} (beta up to {beta:g}, multiplier up to {largest:g}); the erase is stable "
-                f"only while beta x <= 2: valid is x <= {2 / beta:g}"
-            )
+        found = super().cautions(config, spec)
         if config.squash == "none" and config.interval != "symmetric":
             found.append(f"interval: {config.interval} has no effect with squash: none")
         return found
@@ -212,6 +135,10 @@ class DiagonalRaw(_Accumulating):
         ridge: float = option(1.0, "initial lambda", above=0, max=1e6)
         normalise: Normaliser = option("regularised", "divide m by: projection | regularised 1 + k^T m k | gated")
 
+    @classmethod
+    def largest(cls, config: Any) -> float:
+        return math.inf  # lambda is learned, down to 0
+
     def __init__(self, config: Any, shape: HeadShape) -> None:
         super().__init__(config, shape)
         self.ridge = nn.Parameter(torch.empty(shape.heads))
@@ -223,11 +150,6 @@ class DiagonalRaw(_Accumulating):
         assert statistic is not None, "the mixer hands in initial_statistic() at the first token"
         totals, last = self.accumulated(_added(key.square(), told.forget), told.forget, statistic, told.backend)
         return 1 / (before_each(totals, statistic.to(totals.dtype)) + F.softplus(self.ridge).unsqueeze(-1)), last
-
-
-def inverse_softplus(y: float) -> float:
-    """x with softplus(x) = y > 0."""
-    return y + math.log(-math.expm1(-y))
 
 
 @component("preconditioner", "accumulate")
@@ -249,8 +171,8 @@ class MovingAverage(_Accumulating):
     """m_t = 1 / (A_t + eps), divided by 1 + k^T m k,  A_t = gamma_t A_{t-1} + (1 - gamma_t) k_t^2.
 
     A_0 = 1/K, where unit keys leave it on average; gamma comes from `forgetting` (not none), and a forgetting with its own gain
-    replaces 1 - gamma. No parameters. Without the divisor m is about K. Source: RMSProp's average, Tieleman and Hinton 2012,
-    without the root.
+    replaces 1 - gamma. With n substeps a token the mean of their k^2 is added. No parameters. Without the divisor m is about K.
+    Source: RMSProp's average, Tieleman and Hinton 2012, without the root.
     """
 
     @dataclass(frozen=True)
@@ -263,6 +185,10 @@ class MovingAverage(_Accumulating):
         self.start = 1 / shape.key
 
     @classmethod
+    def largest(cls, config: Any) -> float:
+        return 1 / float(config.eps)
+
+    @classmethod
     def conflict(cls, config: Any, spec: RecurrenceSpec) -> str | None:
         if spec.forgetting.name == "none":
             return "an average needs a forgetting, but forgetting: none never forgets. Set forgetting: constant, learned or token"
@@ -273,7 +199,8 @@ class MovingAverage(_Accumulating):
     def multiplier(self, told: Told, key: Tensor, statistic: Tensor | None) -> tuple[Tensor, Tensor | None]:
         forget = told.forget
         if forget.gain is None and forget.log_decay is not None:
-            forget = forget._replace(gain=-torch.expm1(forget.log_decay))
+            n = forget.substeps
+            forget = forget._replace(gain=-torch.expm1(forget.log_decay[:, ::n]).repeat_interleave(n, dim=1) / n)
         totals, last = self.accumulated(_added(key.square(), forget), forget, statistic, told.backend)
         return 1 / (totals + self.config.eps), last
 
@@ -282,7 +209,7 @@ class MovingAverage(_Accumulating):
 class Static(Multiplier):
     """m = exp(d), d learned per head and channel: a preconditioner without memory.
 
-    Starts at d = 0: m = 1. The control that says whether the online part matters.
+    Starts at d = 0: m = 1. Source: a control, which says whether the online part of the others matters.
     """
 
     Config = Multiplies  # type: ignore[assignment]
@@ -333,25 +260,42 @@ class Hypergradient(Multiplier):
         return self.first.to(wide(self.first)).expand(batch, -1, -1)
 
     @classmethod
+    def largest(cls, config: Any) -> float:
+        # An open box is no promise that d grows: its own update holds <d, k^2> near 1.
+        edge = config.box[1] if config.clip != "none" and math.isfinite(config.box[1]) else 0.0
+        return float(max(edge, config.initial))
+
+    @classmethod
+    def remedy(cls, config: Any, beta: float) -> str:
+        return f"a box, and an initial d, of at most {STABLE / beta:g}"
+
+    @classmethod
     def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
-        found = []
-        beta = cast(type[StepSize], spec.step_size.component).largest(spec.step_size.config)
-        if config.aware and config.eta * beta**2 > 2:
-            found.append(
-                f"eta beta^2 can reach {config.eta * beta**2:g}; d is stable while it is <= 2: valid is eta <= {2 / beta**2:g}"
-            )
-        highest = config.constant if config.control == "constant" else config.box[1]
-        bounded = config.clip != "none" or config.control == "constant"
-        if spec.erases and config.side != "query" and bounded and 2 < beta * highest < math.inf and config.normalise == "none":
-            found.append(
-                f"beta <d, k^2> can reach {beta * highest:g} at the box's edge; the erase is stable only while it is <= 2: valid "
-                f"is a box of at most {2 / beta:g}"
-            )
+        found = super().cautions(config, spec) + cls._eta_too_large(config, spec)
+        low, high = config.box
+        if config.clip != "none" and not low <= config.initial <= high:
+            found.append(f"initial: {config.initial:g} lies outside the box [{low:g}, {high:g}]; the first token clips it")
+        lowest = min(low if config.clip != "none" else 0.0, config.initial)
+        if spec.erases and config.side != "query" and config.control != "constant" and lowest < 0:
+            found.append("d can be negative, where the erase grows the memory: valid is a box, and an initial d, of at least 0")
+        if config.clip == "none" and config.box != cls.Config().box:
+            found.append("box: has no effect with clip: none")
         if config.clip == "chunk":
             found.append(
                 "clip: chunk clips only where a chunk or a call ends: an approximation that depends on how a sequence is cut"
             )
         return found
+
+    @classmethod
+    def _eta_too_large(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+        beta = largest_step(spec) if config.aware else 1.0
+        gamma = cast(type[Forgetting], spec.forgetting.component).smallest(spec.forgetting.config)
+        if not config.eta or config.eta * beta**2 <= 1 + gamma:
+            return []
+        reach = f"eta{' beta^2' if config.aware else ''} can reach {config.eta * beta**2:g}"
+        falls = f"gamma is {gamma:g}" if gamma else "gamma can fall to 0"
+        valid = f"eta <= {(1 + gamma) / beta**2:g}" if math.isfinite(beta) else "a bounded step size, or aware: false"
+        return [f"{reach}; d is stable while it is <= 1 + gamma, and {falls}: valid is {valid}"]
 
     def multiplier(self, told: Told, key: Tensor, statistic: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert statistic is not None, "the mixer hands in initial_statistic() at the first token"

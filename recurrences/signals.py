@@ -32,11 +32,13 @@ class Step(NamedTuple):
 
 class Forget(NamedTuple):
     """How a statistic forgets: `log_decay` [B,T,H] <= 0 (None: never); `gain` [B,T,H] scales what a token adds (None: 1);
-    `anchor`: where a statistic that forgets goes: to zero, to one, or to its initial value."""
+    `anchor`: where a statistic that forgets goes: to zero, to one, or to its initial value. Of a token's `substeps` the first
+    alone forgets."""
 
     log_decay: Tensor | None = None
     gain: Tensor | None = None
     anchor: Anchor = "zero"
+    substeps: int = 1
 
 
 class Told(NamedTuple):

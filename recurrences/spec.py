@@ -138,6 +138,11 @@ class RecurrenceSpec:
         return cast(type[Preconditioner], self.preconditioner.component).has_statistic
 
     @property
+    def limits_step(self) -> bool:
+        """True where the preconditioner keeps a write stable, whatever beta and the key are."""
+        return cast(type[Preconditioner], self.preconditioner.component).limits_step(self.preconditioner.config)
+
+    @property
     def unit_keys(self) -> bool:
         """True where the keys that reach preconditioner and kernel have norm <= 1."""
         return self.qk.normalise_k == "l2" or cast(type[StepSize], self.step_size.component).unit_keys
@@ -159,7 +164,7 @@ class RecurrenceSpec:
 
     def warnings(self) -> list[str]:
         """What a user should know before trusting a run of this spec: settings without effect, steps outside the stable range."""
-        found = []
+        found, preconditioner = [], cast(type[Preconditioner], self.preconditioner.component)
         if not self.remembers and self.forgetting.name != "none":
             found.append(
                 f"forgetting: {self.forgetting.name} has no effect: preconditioner {self.preconditioner.name} carries no "
@@ -167,7 +172,7 @@ class RecurrenceSpec:
             )
         for choice in self.choices().values():
             found += choice.component.cautions(choice.config, self)
-        if self.erases and not self.unit_keys:
+        if self.erases and not self.unit_keys and not preconditioner.limits_key(self.preconditioner.config):
             found.append("qk.normalise_k: none with an erase is unstable for keys longer than sqrt(2 / beta)")
         if self.block.output_gate_rank and self.block.output_gate == "none":
             found.append("block.output_gate_rank has no effect without an output gate")

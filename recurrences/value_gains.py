@@ -41,7 +41,7 @@ class InverseNorm(ValueGain):
 class LearnedGain(ValueGain):
     """g v_t, g learned per head.
 
-    Starts at g = 1.
+    Starts at g = 1. Source: a control of `channel`, which adapts to the input.
     """
 
     def __init__(self, config: Any, shape: HeadShape) -> None:

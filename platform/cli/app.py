@@ -35,6 +35,30 @@ Root = Annotated[
     str | None, typer.Option("--root", metavar="DIR", help="Data root. Default: $DELTALAB_ROOT, or ./deltalab-data.")
 ]
 
+Registry = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--registry", metavar="DIR", help="Folder of your own cards, to be used by name. Repeatable; also $DELTALAB_REGISTRY."
+    ),
+]
+Import = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import", metavar="MODULE", help="Module (or .py file) with components of your own. Repeatable; also $DELTALAB_IMPORT."
+    ),
+]
+
+
+def use(folders: list[str] | None, modules: list[str] | None) -> None:
+    """Make the cards of `--registry` and the components of `--import` known."""
+    if folders or modules:
+        from ... import registry
+
+        for folder in folders or ():
+            registry.add_folder(folder, "--registry")
+        for module in modules or ():
+            registry.add_import(module, "--import")
+
 
 def version_callback(value: bool) -> None:
     """Print the version and leave."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+import os
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ...errors import unknown
-from .app import Root, console
+from ...errors import UserError, unknown
+from .app import Import, Registry, Root, console, use
 
 if TYPE_CHECKING:
+    from ...recurrences import MixerSpec
     from ..tracking import StudyRow
 
 KINDS = ("recurrences", "components", "tasks", "studies")
+COLUMNS = 100
+"""Width of what is printed into a file or a pipe."""
 
 
 def register(app: typer.Typer) -> None:
@@ -30,48 +33,103 @@ def list_things(
         str | None, typer.Argument(metavar="[recurrences|components|tasks|studies]", help="What to list; default: all.")
     ] = None,
     root: Root = None,
+    registry: Registry = None,
+    modules: Import = None,
 ) -> None:
-    """List recurrences, components, tasks and studies: the shipped ones, and those that were run under the data root.
+    """List recurrences, components, tasks and studies: the shipped ones, one's own, and the studies under the data root.
 
     Examples:
 
       deltalab list
 
       deltalab list components
+
+      deltalab list recurrences --registry cards --import my_gates
     """
     if kind is not None and kind not in KINDS:
         raise unknown("kind", kind, KINDS)
-    out = console()
+    use(registry, modules)
+    out = _console()
     for chosen in [kind] if kind else KINDS:
-        table = Table(title=chosen, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
-        for row in [*_ROWS[chosen](), *(_run_studies(root) if chosen == "studies" else [])]:
+        table = Table(title=chosen, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+        rows = _recurrences(out.width) if chosen == "recurrences" else _ROWS[chosen]()
+        for row in [*rows, *(_run_studies(root) if chosen == "studies" else [])]:
             table.add_row(*[escape(cell) for cell in row])
         out.print(table)
+        for problem in _problems(chosen):
+            out.print(f"[red]broken[/] {escape(problem)}")
         out.print()
 
 
-def _recurrences() -> list[tuple[str, ...]]:
-    from ... import registry
-    from ...recurrences import RecurrenceSpec
+def _console() -> Console:
+    """The console; where nobody looks at a terminal, lines are a little wider than Rich's 80 columns."""
+    out = console()
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = COLUMNS
+    return out
 
+
+def _problems(kind: str) -> list[str]:
+    """Cards that cannot be used, and plug-ins that cannot be imported."""
+    if kind == "recurrences":
+        from ...registry.sources import sources
+
+        return sources().problems
+    if kind == "components":
+        from ...recurrences import plugins
+
+        return plugins.attempt()
+    return []
+
+
+def _recurrences(columns: int) -> list[tuple[str, ...]]:
+    """One line a card; what is wrong with one is said in full."""
+    from ...recurrences.plugins import attempt
+    from ...registry.loader import load_from
+    from ...registry.sources import sources
+
+    attempt()
     rows: list[tuple[str, ...]] = []
-    for name in registry.names():
-        spec = registry.load(name)
-        words = ["no recurrence"]
-        if isinstance(spec, RecurrenceSpec):
-            words = [
-                f"{axis.replace('_', ' ')} {choice.name}" for axis, choice in spec.choices().items() if choice.name != "none"
-            ]
-            words += ["no erase"] if spec.erase == "none" else []
-        rows.append((name, spec.about.title, ", ".join(words)))
+    cards = sources().cards
+    space = columns - max(map(len, cards)) - 2
+    for name, card in sorted(cards.items()):
+        mark = "" if card.origin == "deltalab" else f"[{card.origin}] "
+        try:
+            spec = load_from(cards, name)
+            line = " ".join(f"{mark}{spec.about.title or name} | {_summary(spec)}".split())
+            rows.append((name, line if len(line) <= space else f"{line[: space - 3].rstrip()}..."))
+        except UserError as error:
+            rows.append((name, f"{mark}broken: {error}"))
     return rows
+
+
+def _summary(spec: MixerSpec) -> str:
+    """The choices that say something, in a few words."""
+    from ...recurrences import AttentionSpec, HybridSpec
+
+    if isinstance(spec, HybridSpec):
+        return " ".join(layer.name for layer in spec.layers)
+    if isinstance(spec, AttentionSpec):
+        return f"attention, window {spec.window}" if spec.window else "attention"
+    usual = {"step_size": ("sigmoid",), "erase": ("delta",), "value_gain": ("one",)}
+    words = [
+        f"{axis.replace('_', ' ')} {choice.name}"
+        for axis, choice in spec.choices().items()
+        if choice.name not in usual.get(axis, ("none",))
+    ]
+    return ", ".join(words + ([f"{spec.substeps} substeps"] if spec.substeps > 1 else [])) or "delta rule"
 
 
 def _components() -> list[tuple[str, ...]]:
     from ...recurrences import AXES, components
+    from ...recurrences.component import origin
 
-    rows = [(axis, name, cls.equation()) for axis in AXES for name, cls in components(axis).items()]
-    return [*rows, ("erase", "delta", "e_t = v_t - S~^T r_t"), ("erase", "none", "e_t = v_t")]
+    rows: list[tuple[str, ...]] = []
+    for axis in AXES:
+        for name, cls in components(axis).items():
+            whose = origin(cls)
+            rows.append((axis, name, cls.equation() + ("" if whose == "deltalab" else f"  [{whose}]")))
+    return rows
 
 
 def _tasks() -> list[tuple[str, ...]]:
@@ -106,14 +164,19 @@ def _ledger_studies(root: str | None) -> list[StudyRow]:
         return []
 
 
-_ROWS = {"recurrences": _recurrences, "components": _components, "tasks": _tasks, "studies": _studies}
+_ROWS = {"components": _components, "tasks": _tasks, "studies": _studies}
 
 
 def describe(
-    name: Annotated[str, typer.Argument(help="A recurrence, component, task or study; or a card's YAML file.")],
+    name: Annotated[str, typer.Argument(help="A recurrence (name, YAML file or pattern), component, task or study.")],
+    against: Annotated[str | None, typer.Option("--against", metavar="CARD", help="Show in what the recurrence differs.")] = None,
+    width: Annotated[int, typer.Option("--width", min=1, max=65536, help="Model width that sizes are counted for.")] = 1024,
+    heads: Annotated[int, typer.Option("--heads", min=1, max=4096, help="Heads that sizes are counted for.")] = 8,
     root: Root = None,
+    registry: Registry = None,
+    modules: Import = None,
 ) -> None:
-    """Explain one recurrence, component, task or study: equation, source, settings, caveats.
+    """Explain one recurrence, component, task or study: equation, source, parameters, cost, settings, caveats.
 
     A study may also be one that was run under the data root: its latest launch is shown.
 
@@ -121,120 +184,90 @@ def describe(
 
       deltalab describe osdn
 
-      deltalab describe hypergradient
+      deltalab describe osdn --against deltanet
+
+      deltalab describe kda --width 2048 --heads 16
+
+      deltalab describe 'gdn gdn gdn softmax'           a pattern of layers
+
+      deltalab describe my_card.yaml --import my_gates   a card of your own
+
+      deltalab describe hypergradient                    a component's options
+
+      deltalab describe gate:tied                        of one axis alone
 
       deltalab describe mqar
     """
-    from ... import registry
+    use(registry, modules)
+    from .describe_card import buildable, describe_against, describe_card
+
+    out = _console()
+    if against is not None:
+        with buildable(f"{name} or {against}", width, heads):
+            describe_against(name, against, width, heads, out)
+        return
+    found = 0
+    if _is_card(name):
+        with buildable(name, width, heads):
+            describe_card(name, width, heads, out)
+        found += 1
+    for explain in (_describe_components, _describe_rest):
+        found += explain(name, found, (width, heads), root, out)
+    if not found:
+        raise _unknown_name(name, root)
+
+
+def _is_card(name: str) -> bool:
+    from ...registry.sources import SUFFIXES, sources
+
+    return name in sources().cards or name.endswith(SUFFIXES) or len(name.split()) > 1
+
+
+def _describe_components(name: str, before: int, size: tuple[int, int], root: str | None, out: Console) -> int:
+    """Every component of that name, or the one of `axis:name`; how many there are."""
     from ...recurrences import AXES, components
+    from .describe_component import describe_component
+
+    axis, colon, short = name.partition(":")
+    found = [
+        components(a)[n] for a in AXES for n in components(a) if n == (short if colon else name) and (not colon or a == axis)
+    ]
+    for i, cls in enumerate(found):
+        if before or i:
+            out.rule(style="dim")
+        describe_component(cls, *size, out)
+    return len(found)
+
+
+def _describe_rest(name: str, before: int, size: tuple[int, int], root: str | None, out: Console) -> int:
+    """A task, a shipped study, a study that was run here; how many there are."""
     from ..config import study_names
     from ..tasks import task_class, task_names
+    from .describe_study import describe_launch, describe_study, describe_task
 
-    out = console()
-    found = False
-    if name in registry.names() or name.endswith((".yaml", ".yml")):
-        _describe_card(name, out)
-        found = True
-    for axis in AXES:
-        if name in components(axis):
-            _describe_component(components(axis)[name], out)
-            found = True
+    found = 0
     if name in task_names():
-        _describe_task(task_class(name), out)
-        found = True
+        describe_task(task_class(name), out)
+        found += 1
     if name in study_names():
-        _describe_study(name, out)
-        found = True
+        describe_study(name, out)
+        found += 1
+    if name in [row.study for row in _ledger_studies(root)]:
+        describe_launch(name, root, out)
+        found += 1
+    return found
+
+
+def _unknown_name(name: str, root: str | None) -> UserError:
+    """What could have been meant; and what is broken, since it may be just that."""
+    from ...recurrences import AXES, components, plugins
+    from ...registry.sources import sources
+    from ..config import study_names
+    from ..tasks import task_names
+
+    cards = sources()
     run_here = [row.study for row in _ledger_studies(root)]
-    if name in run_here:
-        _describe_launch(name, root, out)
-        found = True
-    if not found:
-        everything = [
-            *registry.names(),
-            *(n for axis in AXES for n in components(axis)),
-            *task_names(),
-            *study_names(),
-            *run_here,
-        ]
-        raise unknown("name", name, set(everything))
-
-
-def _describe_card(name: str, out: Console) -> None:
-    from ... import registry
-    from ...recurrences import LanguageModel, RecurrenceSpec
-
-    spec = registry.load(name)
-    out.print(f"[bold]{escape(spec.name)}[/]  {escape(spec.about.title)}   [dim]{escape(spec.about.source)}[/]\n")
-    for line in spec.about.equation.strip().splitlines():
-        out.print(f"    {escape(line)}")
-    out.print()
-    if isinstance(spec, RecurrenceSpec):
-        table = Table(show_header=False, box=None, padding=(0, 2))
-        for axis, choice in spec.choices().items():
-            table.add_row(axis.replace("_", " "), escape(str(choice)), escape(choice.component.equation()))
-        table.add_row("erase", spec.erase, "")
-        table.add_row("q, k", f"features {spec.qk.feature_map}", f"normalise q {spec.qk.normalise_q}, k {spec.qk.normalise_k}")
-        out.print(table)
-    model = LanguageModel(spec, vocab=256, width=64, layers=2, heads=2, seed=0)
-    out.print(f"\n2 layers, width 64, 2 heads, 256 tokens of vocabulary: {model.parameter_count():,} parameters, "
-              f"{model.state_bytes(1024):,} bytes of state after 1,024 tokens")  # fmt: skip
-    for caveat in spec.about.caveats:
-        out.print(f"\n[yellow]caveat[/] {escape(caveat)}")
-
-
-def _describe_component(cls: Any, out: Console) -> None:
-    out.print(f"[bold]{cls.name}[/]  ({cls.axis.replace('_', ' ')})")
-    out.print(f"\n    {escape(cls.equation())}\n")
-    rest = [line.strip() for line in (cls.__doc__ or "").strip().splitlines()[1:]]
-    out.print(escape("\n".join(rest).strip()) or "")
-    _options(cls.Config, out)
-
-
-def _describe_task(cls: Any, out: Console) -> None:
-    out.print(f"[bold]{cls.name}[/] v{cls.version}  {escape(cls.summary)}\n")
-    _options(cls.Config, out)
-    for preset, values in cls.presets.items():
-        out.print(f"preset [bold]{preset}[/]: {', '.join(f'{key} {value}' for key, value in values.items())}")
-
-
-def _describe_study(name: str, out: Console) -> None:
-    from ..config import load_study
-
-    study = load_study(name)
-    out.print(f"[bold]{name}[/]  {escape(study.description)}\n")
-    for part in study.parts:
-        out.print(f"[bold]{part.name or name}[/]: seeds {list(part.seeds)}")
-        for axis, values in part.axes.items():
-            out.print(f"  {axis}: {escape(', '.join(map(str, values)))}")
-        for section, content in part.base.items():
-            if content:
-                settings = ", ".join(f"{key} {value}" for key, value in content.items())
-                out.print(f"  {section}: {escape(settings)}")
-
-
-def _describe_launch(name: str, root: str | None, out: Console) -> None:
-    from ..config import DataRoot
-    from ..tracking import Ledger
-
-    with Ledger.open(DataRoot.find(root).ledger, create=False) as ledger:
-        launch = ledger.latest_launch(name)
-    if launch is None:
-        return
-    out.print(f"[bold]{escape(name)}[/]  launch {launch.id}, {launch.status}, {launch.created_at:%Y-%m-%d %H:%M} UTC")
-    out.print(f"  {escape(launch.command)}", soft_wrap=True)
-    for part in launch.config["parts"]:
-        compared = f"{', '.join(part['arms'])} (baseline {part['baseline']}, {part['metric']} on {part['task']})"
-        out.print(f"  {escape(part['name'] or name)}: {escape(compared)}")
-
-
-def _options(config: Any, out: Console) -> None:
-    fields = dataclasses.fields(config)
-    if not fields:
-        return
-    table = Table(header_style="bold", box=None, padding=(0, 2))
-    for column in ("option", "default", "meaning"):
-        table.add_column(column)
-    for field in fields:
-        table.add_row(field.name, escape(str(field.default)), escape(field.metadata.get("help", "")))
-    out.print(table)
+    everything = [*cards.cards, *(n for axis in AXES for n in components(axis)), *task_names(), *study_names(), *run_here]
+    error = unknown("name", name, set(everything))
+    problems = [*cards.problems, *plugins.attempt()]
+    return UserError("\n".join([str(error), *(f"broken: {problem}" for problem in problems)])) if problems else error

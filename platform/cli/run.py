@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from ...errors import UserError
 from ..config import DataRoot, Study
-from .app import Root, console
+from .app import Import, Registry, Root, console, use
 
 if TYPE_CHECKING:
     from ..tracking import TrialStatus
@@ -36,6 +36,8 @@ def run(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the study's.")
     ] = None,
     root: Root = None,
+    registry: Registry = None,
+    modules: Import = None,
 ) -> None:
     """Run what remains of a study, then compare its arms.
 
@@ -55,12 +57,15 @@ def run(
 
       deltalab run my.yaml resources.cpus_per_trial=2
 
+      deltalab run my.yaml --registry cards --import my_gates
+
     Exit codes: 0 done, 1 some trials failed, 2 the input was wrong, 130 interrupted.
     """
     from ..config import load_study
     from ..scheduling import launch_study
     from ..scheduling.display import duration
 
+    use(registry, modules)
     out, place = console(), DataRoot.find(root)
     loaded = load_study(study, overrides or [])
     with _preparation(out) as progress:
@@ -74,6 +79,8 @@ def run(
     out.print(f"Study [bold]{loaded.name}[/]: {words}; {did}.\n")
     _show(loaded.name, place, out)
     again = [study, *(text for text in overrides or [] if not text.startswith("seeds="))]
+    for name, values in (("--registry", registry), ("--import", modules)):
+        again += [word for value in values or () for word in (name, value)]
     _suggest(shlex.join(again), loaded, root, out)
     raise typer.Exit(summary.exit_code)
 

@@ -2,10 +2,11 @@
 
 from .loader import Part, Study, load_study, study_names
 from .root import DataRoot
-from .schema import BOOKKEEPING, SECTIONS, ModelConfig, ResourcesConfig, TrainingConfig
+from .schema import BOOKKEEPING, RESOLVED, SECTIONS, ModelConfig, ResourcesConfig, TrainingConfig
 
 __all__ = [
     "BOOKKEEPING",
+    "RESOLVED",
     "SECTIONS",
     "DataRoot",
     "ModelConfig",

@@ -28,6 +28,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _NAMED = ("recurrence", "task", *COMPONENTS)
 """Keys whose value is a name, or a mapping with a name and options."""
+NAMES = ("card", "pattern", "name")
+"""Keys that say which one it is: a card, the cards of a hybrid's layers, or a name of its own."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,8 @@ def combine(under: Mapping[str, Any], over: Mapping[str, Any], key: str = "") ->
 
 
 def _named_anew(under: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
-    names = [name for name in ("card", "name") if name in over]
-    return bool(names and {"card", "name"} & under.keys()) and over[names[0]] != under.get(names[0])
+    names = [name for name in NAMES if name in over]
+    return bool(names and set(NAMES) & under.keys()) and over[names[0]] != under.get(names[0])
 
 
 def _part(name: str, config: PartConfig, study: StudyConfig, everywhere: Mapping[str, Any], path: str) -> Part:
@@ -288,7 +290,7 @@ def _check_no_conflict(axes: Mapping[str, Any], everywhere: Mapping[str, Any]) -
 
 
 _SHORT = {
-    "recurrence": (*COMPONENTS, "substeps", "qk", "block"),
+    "recurrence": (*COMPONENTS, "substeps", "qk", "block", "pattern"),
     "model": tuple(fields_of(ModelConfig)),
     "training": tuple(fields_of(TrainingConfig)),
     "task": ("pairs", "length", "vocab", "corpus"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ...errors import UserError
 from ...strict import option
 
 SECTIONS = ("recurrence", "task", "model", "training")
@@ -16,17 +17,37 @@ COMPONENTS = ("gate", "step_size", "preconditioner", "forgetting", "erase", "val
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The language model around the recurrence, shared by every arm unless it is an axis."""
+    """The language model around the recurrence, shared by every arm unless it is an axis.
 
+    With a `preset` the other settings are changes to it. A plan writes the preset's settings out, so that a trial names none.
+    """
+
+    preset: str = option("", "a published model (or a preset's YAML file) that the settings here change; empty: none")
+    variation: str = option(
+        "auto", "the preset's settings for some cards: auto: those of the arm's card; none; or a card's name, to take its"
+    )
     width: int = option(64, "model width", min=1, max=65536)
     layers: int = option(2, "number of blocks", min=1, max=1024)
     heads: int = option(2, "number of heads", min=1, max=4096)
-    mlp_ratio: float = option(0.0, "MLP hidden width / width; 0: no MLP", min=0, max=64)
+    mlp_ratio: float = option(0.0, "MLP hidden width / width; 0: no MLP, unless mlp_hidden gives its width", min=0, max=64)
+    mlp_hidden: int = option(0, "MLP hidden width, in place of mlp_ratio; 0: none", min=0, max=2**20)
     tied: bool = option(True, "share embedding and head")
     init_std: float = option(0.02, "standard deviation of the projections' initial weights", above=0, max=10)
     block: dict[str, Any] = option(
-        factory=dict, help="settings of the mixer's block for every arm: short_conv, output_gate, expand_v, ..."
+        factory=dict, help="settings of the mixer's block for every arm and layer: short_conv, output_gate, expand_v, ..."
     )
+
+    def __post_init__(self) -> None:
+        if self.mlp_ratio and self.mlp_hidden:
+            raise UserError(
+                f"mlp_hidden: {self.mlp_hidden} stands beside mlp_ratio {self.mlp_ratio:g}; give the hidden width by one of them"
+            )
+        if self.variation != "auto" and not self.preset:
+            raise UserError(f"variation: {self.variation!r} is of no preset; name one in `preset`")
+
+
+RESOLVED = ("preset", "variation", "block", "mlp_ratio")
+"""Fields of ModelConfig that a plan resolves into other settings: no frozen trial has them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +63,7 @@ class TrainingConfig:
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW's moments", min=0, below=1)
     clip: float = option(1.0, "largest gradient norm; 0: no clipping", min=0)
     precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 autocast where it is faster, else fp32")
-    backend: str = option("auto", "kernel backend: auto | reference | torch")
+    backend: str = option("auto", "kernel backend: auto, reference, torch, ... (an unknown name lists those of this machine)")
     eval_examples: int = option(1000, "validation and test sequences scored at the end, at most", min=1)
     log_every: int = option(20, "steps between two points of the curves", min=1)
     checkpoint_seconds: float = option(10.0, "seconds between two checkpoints", min=0)
@@ -56,7 +77,7 @@ BOOKKEEPING = ("log_every", "checkpoint_seconds")
 class BaseConfig:
     """What every arm starts from. `recurrence` and `task` are a name, or a mapping with a name and options."""
 
-    recurrence: Any = option(None, "a card's name, a card file, or {card: NAME, axis: choice}")
+    recurrence: Any = option(None, "a card's name or file, {card: NAME, axis: choice}, or a pattern of cards: gdn gdn softmax")
     task: Any = option(None, "a task's name, or {name: NAME, preset: ..., option: ...}")
     model: dict[str, Any] = option(factory=dict, help="see ModelConfig")
     training: dict[str, Any] = option(factory=dict, help="see TrainingConfig")

@@ -15,6 +15,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from ...recurrences import plugins
 from ..config import DataRoot, ResourcesConfig, Study
 from ..study import MEASURES, Plan, PlannedTrial, plan_study
 from ..tasks import Progress
@@ -191,6 +192,7 @@ def _job(trial: PlannedTrial, root: DataRoot, stop: Stop, resources: ResourcesCo
         stop_file=str(stop.file),
         threads=resources.cpus_per_trial,
         gpus=resources.gpus_per_trial,
+        imports=plugins.imports(),
     )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from ...recurrences import spec_from_mapping
+from ...recurrences import plugins, spec_from_mapping
+from ...registry import check_origins
 from ...strict import build
 from ..config import ModelConfig, TrainingConfig
 from ..study import build_model
@@ -40,6 +41,8 @@ class Job:
     stop_file: str
     threads: int
     gpus: float = 0.0
+    imports: Sequence[Sequence[str]] = ()
+    """Plug-in modules and where they were found (`plugins.imports()`): a worker has neither our folder nor our options."""
 
 
 @dataclass
@@ -93,7 +96,9 @@ def _run(job: Job, folder: Path, report: Callable[[int, Points], None]) -> Outco
     hardware = prepare_device(job.threads, training.precision, model_config.width, job.gpus > 0)
     memory = PeakMemory(hardware.device)
     seed = job.config["seed"]
+    plugins.adopt(job.imports)
     spec = spec_from_mapping(job.config["recurrence"])
+    check_origins(spec, job.config.get("plugins", {}))
     model = build_model(spec, model_config, data.vocab, training.backend, seed).to(hardware.device)
     trainer = Trainer(model, data.train, training, seed, hardware, folder / "checkpoint.pt", job.hash)
     context = {

@@ -1,4 +1,7 @@
-"""From a part of a study to its arms: the grid over the axes, each point resolved to a spec, a task, a model and a training."""
+"""From a part of a study to its arms: the grid over the axes, each point resolved to a spec, a task, a model and a training.
+
+A recurrence is a card or a pattern of cards (a hybrid); a model may start from a preset. An arm holds what is built from them.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,20 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ...errors import UserError, shown
-from ...recurrences import Block, LanguageModel, MixerSpec
+from ...recurrences import Block, HybridSpec, LanguageModel, MixerSpec, layers_of, with_block
+from ...recurrences.language_model import mlp_width
 from ...recurrences.mixer import head_shape
-from ...registry import load
+from ...recurrences.presets import merged
+from ...registry import load, presets
 from ...strict import build, item, join, plain
 from ..config import ModelConfig, Part, TrainingConfig
-from ..config.loader import combine, named
+from ..config.loader import NAMES, combine, named
 from ..config.places import Places, located, places_of
 from ..tasks import Task, build_task
 
@@ -34,6 +39,9 @@ class Arm:
     spec: MixerSpec
     """With the study's `model.block` settings in it."""
     model: ModelConfig
+    """With its preset's settings in it."""
+    varied: Mapping[str, str]
+    """What the preset's variation gives this arm's card and no other: setting -> `21 instead of 24`."""
     task: Task
     training: TrainingConfig
     places: Places = field(repr=False, compare=False)
@@ -99,19 +107,56 @@ def _resolve(part: Part, point: _Point, places: Places) -> Arm:
         raise UserError("recurrence: missing; a card's name (`deltalab list recurrences`), in base or as an axis")
     if not sections["task"]:
         raise UserError("task: missing; a task's name (`deltalab list tasks`), in base or as an axis")
-    if not {"card", "name"} & set(recurrence):
+    if not set(NAMES) & set(recurrence):
         raise UserError("recurrence.card: missing; a card's name (`deltalab list recurrences`)")
     spec = load(recurrence["card"] if set(recurrence) == {"card"} else recurrence, "recurrence")
-    model = build(ModelConfig, sections["model"], "model")
+    model, varied = _model(sections["model"], spec.name)
     if model.block:
-        spec = replace(spec, block=build(Block, {**plain(spec.block), **model.block}, "model.block"))
-    try:
-        head_shape(model.width, model.heads, spec.block)
-    except UserError as error:
-        inside = "recurrence" if str(error).startswith("block") and not model.block else "model"
-        raise UserError(join(inside, error)) from error
+        spec = with_block(spec, model.block, "model.block")
+    _check_sizes(spec, model)
     training = build(TrainingConfig, sections["training"], "training")
-    return Arm(part.name, _label(part, point), spec, model, build_task(sections["task"], "task"), training, places)
+    return Arm(part.name, _label(part, point), spec, model, varied, build_task(sections["task"], "task"), training, places)
+
+
+def _model(content: Mapping[str, Any], card: str) -> tuple[ModelConfig, dict[str, str]]:
+    """The study's settings of the model over its preset's, and what the preset varies for this card."""
+    own = build(ModelConfig, content, "model")
+    if not own.preset:
+        return own, {}
+    preset = presets.load(own.preset, "model.preset")
+
+    def over(variation: str) -> ModelConfig:
+        settings = preset.settings(card, variation, "model.variation")
+        settings.pop("vocab")  # it is the task's
+        block = {**settings.pop("block"), **own.block}
+        return build(ModelConfig, {**merged(settings, content), "block": block}, "model")
+
+    model = over(own.variation)
+    common, mine = _flat(over("none")), _flat(model)
+    return model, {key: f"{value} instead of {common[key]}" for key, value in mine.items() if value != common[key]}
+
+
+def _flat(model: ModelConfig) -> dict[str, Any]:
+    """Setting -> value, those of the block under `block.`, with the defaults of what it leaves open."""
+    settings = plain(model)
+    block = plain(build(Block, settings.pop("block"), "model.block"))
+    return {**settings, **{f"block.{key}": value for key, value in block.items()}}
+
+
+def _check_sizes(spec: MixerSpec, model: ModelConfig) -> None:
+    """The MLP has a width, and heads fit in every layer."""
+    try:
+        mlp_width(model.width, model.mlp_ratio, model.mlp_hidden)
+    except UserError as error:
+        raise UserError(join("model", error)) from error
+    for i, layer in enumerate(layers_of(spec)):
+        try:
+            head_shape(model.width, model.heads, layer.block)
+        except UserError as error:
+            if not str(error).startswith("block") or model.block:
+                raise UserError(join("model", error)) from error
+            where = f"layer {i + 1} ({layer.name}): " if isinstance(spec, HybridSpec) else ""
+            raise UserError(f"recurrence: {where}{error}" if where else join("recurrence", error)) from error
 
 
 def _shortest_first(point: _Point) -> list[str]:
@@ -134,11 +179,12 @@ def _set(sections: dict[str, Any], axis: str, value: Any) -> None:
 
 
 def _label(part: Part, point: _Point) -> str:
-    """The arm's name: `gdn`, `gdn/lr=0.003`, `step_size=one/gate=scalar`. The task or recurrence axis gives its value alone."""
+    """The arm's name: `gdn`, `gdn/lr=0.003`, `gdn gdn softmax`, `step_size=one/gate=scalar`. The task or recurrence axis, and a
+    pattern, give their value alone."""
     words = []
     for axis, value in point.values.items():
-        text = value_label(value)
-        words.append(text if axis in ("recurrence", "task") else f"{axis.split('.')[-1]}={text}")
+        text = value_label({"pattern": value} if axis == "recurrence.pattern" else value)
+        words.append(text if axis in ("recurrence", "recurrence.pattern", "task") else f"{axis.split('.')[-1]}={text}")
     return "/".join(words) or value_label(part.base["recurrence"])
 
 
@@ -147,10 +193,15 @@ def value_label(value: Any) -> str:
     if isinstance(value, Mapping):
         if "label" in value:
             return str(value["label"])  # the loader has checked that it is a text
-        name = str(value.get("card", value.get("name", "")))
-        rest = {key: item for key, item in value.items() if key not in ("card", "name")}
+        name = str(value.get("card", value.get("name", _pattern_label(value.get("pattern", "")))))
+        rest = {key: item for key, item in value.items() if key not in NAMES}
         return name + (f"({','.join(f'{key}={value_label(item)}' for key, item in rest.items())})" if rest else "")
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _pattern_label(pattern: Any) -> str:
+    """`gdn gdn(gate=channel) softmax` for a list of layers."""
+    return " ".join(value_label(layer) for layer in pattern) if isinstance(pattern, list) else value_label(pattern)
 
 
 def build_model(spec: MixerSpec, model: ModelConfig, vocab: int, backend: str = "auto", seed: int | None = None) -> LanguageModel:
@@ -162,6 +213,7 @@ def build_model(spec: MixerSpec, model: ModelConfig, vocab: int, backend: str = 
         layers=model.layers,
         heads=model.heads,
         mlp_ratio=model.mlp_ratio,
+        mlp_hidden=model.mlp_hidden,
         tied=model.tied,
         init_std=model.init_std,
         backend=backend,
@@ -170,6 +222,9 @@ def build_model(spec: MixerSpec, model: ModelConfig, vocab: int, backend: str = 
 
 
 def check_model(arm: Arm, vocab: int) -> int:
-    """Build the arm's model without memory and return its parameter count."""
-    with torch.device("meta"):
-        return build_model(arm.spec, arm.model, vocab).parameter_count()
+    """Build the arm's model without memory and return its parameter count. `UserError` where the sizes do not fit."""
+    try:
+        with torch.device("meta"):
+            return build_model(arm.spec, arm.model, vocab).parameter_count()
+    except UserError as error:
+        raise UserError(located(join("model", error), arm.places)) from error

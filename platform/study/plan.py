@@ -11,13 +11,15 @@ from typing import Any
 
 from ...errors import UserError, unknown
 from ...kernels import backends
-from ...recurrences import RecurrenceSpec
+from ...recurrences.language_model import mlp_width
+from ...registry import origins
 from ...strict import plain
-from ..config import BOOKKEEPING, Part, ResourcesConfig, Study
+from ..config import BOOKKEEPING, RESOLVED, Part, ResourcesConfig, Study
 from ..config.places import located
 from ..tasks import PreparedTask, Progress, effective, task_class
 from .arms import Arm, check_model, expand
 from .measures import MEASURES, full_name, measured
+from .notes import notes_on, where
 
 HASH_DIGITS = 16
 
@@ -105,6 +107,7 @@ def _prepare(arm: Arm, cache: Path, progress: Progress | None, prepared: dict[st
 def _add_part(plan: Plan, part: Part, arms: list[Arm], data_of: list[PreparedTask]) -> None:
     """Append the part's trials; arms that are the same experiment under two names run once, and the plan says so."""
     first_name: dict[str, str] = {}
+    kept: list[Arm] = []
     parameters: dict[str, int] = {}
     for arm, data in zip(arms, data_of, strict=True):
         _check_training(arm, data)
@@ -113,15 +116,15 @@ def _add_part(plan: Plan, part: Part, arms: list[Arm], data_of: list[PreparedTas
         arm_hash = digest(decisive)
         if arm_hash in first_name:
             plan.notes.append(
-                f"{_in(part)}the arms {first_name[arm_hash]!r} and {arm.name!r} are the same experiment; "
+                f"{where(part)}the arms {first_name[arm_hash]!r} and {arm.name!r} are the same experiment; "
                 "it runs once, as the first"
             )
             continue
         if arm.name in first_name.values():
-            raise UserError(f"{_in(part)}two different arms are named {arm.name!r}; give them a `label`")
+            raise UserError(f"{where(part)}two different arms are named {arm.name!r}; give them a `label`")
         first_name[arm_hash] = arm.name
+        kept.append(arm)
         parameters[arm.name] = check_model(arm, data.vocab)
-        plan.notes += [f"{_in(part)}{arm.name}: {warning}" for warning in arm.spec.warnings()]
         for seed in part.seeds:
             trial_hash = digest({**decisive, "seed": seed})
             plan.trials.append(
@@ -129,18 +132,21 @@ def _add_part(plan: Plan, part: Part, arms: list[Arm], data_of: list[PreparedTas
             )
     names = tuple(first_name.values())
     plan.parts.append(PlannedPart(part.name, names, _baseline(part, names), _metric(part, arms), arms[0].task.name, parameters))
-    plan.notes += _fairness_notes(part, arms)
+    plan.notes += notes_on(part, kept, {data.vocab for data in data_of})
 
 
 def _arm_config(arm: Arm, data: PreparedTask) -> dict[str, Any]:
     """Everything a worker needs to run the arm, as JSON-able data."""
-    model = plain(arm.model)
-    model.pop("block")  # it is in the spec
+    model = {key: value for key, value in plain(arm.model).items() if key not in RESOLVED}  # its block is in the spec
+    model["mlp_hidden"] = mlp_width(arm.model.width, arm.model.mlp_ratio, arm.model.mlp_hidden)
+    # Other code is another experiment: a plug-in's package, version and digest are part of the trial.
+    foreign = origins(arm.spec)
     return {
         "recurrence": {"name": arm.spec.name, **arm.spec.effective()},
         "model": model,
         "task": {**effective(arm.task), "digest": data.digest},
         "training": plain(arm.training),
+        **({"plugins": foreign} if foreign else {}),
     }
 
 
@@ -191,27 +197,6 @@ def _metric(part: Part, arms: list[Arm]) -> str:
     metrics = {arm.task.metric for arm in arms}
     if len(metrics) > 1:
         raise UserError(
-            f"{_in(part)}metric: the arms' tasks measure {sorted(metrics)}; say which to compare, or put each task in a part"
+            f"{where(part)}metric: the arms' tasks measure {sorted(metrics)}; say which to compare, or put each task in a part"
         )
     return full_name(metrics.pop())
-
-
-def _fairness_notes(part: Part, arms: list[Arm]) -> list[str]:
-    """What a careful reader of the table should know: few seeds, a preconditioner without its gain-matched control."""
-    notes = []
-    if len(part.seeds) < 3:
-        notes.append(f"{_in(part)}{len(part.seeds)} seed(s): confidence intervals need at least 2, and mean little below 3")
-    specs = [arm.spec for arm in arms if isinstance(arm.spec, RecurrenceSpec)]
-    kinds = {spec.preconditioner.name for spec in specs}
-    for kind in sorted(kinds - {"none"}) if len(kinds) > 1 else ():
-        chosen = [spec.preconditioner for spec in specs if spec.preconditioner.name == kind]
-        if not any(getattr(choice.config, "control", "") == "mean" for choice in chosen):
-            notes.append(
-                f"{_in(part)}the preconditioner {kind!r} is compared without its gain-matched control: add an arm with "
-                f"{{name: {kind}, control: mean}}, since a uniform multiplier acts like a larger step size"
-            )
-    return notes
-
-
-def _in(part: Part) -> str:
-    return f"{part.name}: " if part.name else ""

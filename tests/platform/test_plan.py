@@ -63,7 +63,9 @@ def test_the_hash_of_a_trial_is_for_ever(plan: Any) -> None:
     assert (trial.hash, trial.arm_hash) == GOLDEN
 
 
-GOLDEN = ("a6286ebb1f1c9667", "283ad30dfd5c828e")
+# Changed when the recurrence became seven axes with substeps, components got options (controls, sides, anchors), and the MLP's
+# width became a number: every effective config has new fields.
+GOLDEN = ("ce384e5a5ca38258", "3ccff5f3380c8f3b")
 
 
 def test_trials_are_arms_times_seeds(plan: Any) -> None:
@@ -95,7 +97,7 @@ def test_the_same_study_has_the_same_hashes_twice(plan: Any) -> None:
         ["recurrence={card: gdn, name: my own, title: words, preconditioner: diagonal, forgetting: gated}"],
         ["recurrence.gate={name: scalar, a_range: [0, 16]}"],
         ["task.filler=zero"],
-        ["model.mlp_ratio=0"],
+        ["model.mlp_ratio=0", "model.mlp_hidden=0"],
         ["model.block={}"],
     ],
 )
@@ -119,7 +121,17 @@ OTHER: dict[str, dict[str, Any]] = {
         "log_every": 5,
         "checkpoint_seconds": 5,
     },
-    "model": {"width": 16, "layers": 2, "heads": 4, "mlp_ratio": 1, "tied": False, "init_std": 0.1, "block": {"short_conv": 0}},
+    "model": {
+        "preset": "pdn-340m",
+        "width": 16,
+        "layers": 2,
+        "heads": 4,
+        "mlp_ratio": 1,
+        "mlp_hidden": 9,
+        "tied": False,
+        "init_std": 0.1,
+        "block": {"short_conv": 0},
+    },
     "task": {
         **{key: value + 2 for key, value in TASK.items() if key != "name"},
         "pairs": 1,
@@ -133,6 +145,9 @@ OTHER: dict[str, dict[str, Any]] = {
         "preconditioner": {"name": "diagonal", "control": "mean"},
         "forgetting": {"name": "gated", "a_range": [0, 1]},
         "erase": "none",
+        "value_gain": "learned",
+        "feedback": "read_key",
+        "substeps": 2,
         "qk": {"normalise_q": "none"},
         "block": {"skip": True},
     },
@@ -141,7 +156,8 @@ OTHER: dict[str, dict[str, Any]] = {
 
 def test_the_settings_tried_are_all_there_are() -> None:
     assert OTHER["training"].keys() == fields_of(TrainingConfig).keys()
-    assert OTHER["model"].keys() == fields_of(ModelConfig).keys()
+    # A variation is nothing without a preset: tests/platform/test_hybrids.py has it.
+    assert OTHER["model"].keys() | {"variation"} == fields_of(ModelConfig).keys()
 
 
 @pytest.mark.parametrize(("section", "field"), [(section, field) for section, fields in OTHER.items() for field in fields])
@@ -248,10 +264,27 @@ def test_few_seeds_are_noted(seeds: Any, count: int, plan: Any) -> None:
 
 
 def test_unstable_steps_are_noted_with_part_and_arm(plan: Any) -> None:
-    found = plan({"parts": {"p": {"base": {"recurrence": {"step_size": {"name": "sigmoid", "range": [0, 2]}}}}}})
-    assert found.notes == [
-        "p: pgdn(step_size=sigmoid(range=[0,2])): beta x can reach 3; the erase is stable only while beta x <= 2"
-    ]
+    (note,) = plan({"parts": {"p": {"base": {"recurrence": {"step_size": {"name": "sigmoid", "range": [0, 2]}}}}}}).notes
+    assert note.startswith("p: pgdn(step_size=sigmoid(range=[0,2])): beta x can reach 3")
+
+
+def test_a_warning_is_told_once_with_the_arms_that_it_is_about(plan: Any) -> None:
+    axes: dict[str, Any] = {"recurrence": ["pgdn", "gdn"], "recurrence.step_size": [{"name": "sigmoid", "range": [0, 2]}]}
+    axes["training.lr"] = [0.1, 0.2]
+    arms = "pgdn/step_size=sigmoid(range=[0,2])/lr=0.1, pgdn/step_size=sigmoid(range=[0,2])/lr=0.2"
+    assert [note.startswith(f"{arms}: beta x can reach 3") for note in plan({"axes": axes}).notes if "beta x" in note] == [True]
+    axes["training.lr"] = [0.1, 0.2, 0.3, 0.4, 0.5]
+    (note,) = [note for note in plan({"axes": axes}).notes if "beta x" in note]
+    assert "lr=0.3 and 2 more: beta x can reach 3" in note
+
+
+def test_the_two_ways_to_give_the_mlps_width_are_one_experiment(plan: Any) -> None:
+    found = plan({"axes": {"model": [{"mlp_ratio": 2}, {"mlp_hidden": 16}, {"mlp_hidden": 17}]}})
+    assert found.parts[0].arms == ("model=(mlp_ratio=2)", "model=(mlp_hidden=17)")
+    config = found.trials[0].config
+    assert config["model"] == {"width": 8, "layers": 1, "heads": 2, "mlp_hidden": 16, "tied": True, "init_std": 0.02}
+    model = build_model(spec_from_mapping(config["recurrence"]), build(ModelConfig, config["model"], ""), vocab=16)
+    assert model.blocks[0].mlp.down.weight.shape == (8, 16)
 
 
 def test_the_number_of_parameters_of_every_arm(plan: Any) -> None:

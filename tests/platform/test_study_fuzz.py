@@ -54,6 +54,10 @@ ODD += [
     "mqar",
     "none",
     ["gdn", "kla"],
+    "gdn gdn softmax",
+    {"pattern": ["gdn", {"card": "kla", "gate": "channel"}]},
+    {"pattern": []},
+    "osdn-340m",
     {"name": "diagonal"},
     {"card": "osdn"},
     {"label": []},
@@ -61,6 +65,7 @@ ODD += [
     "~x/y.yaml",
     "\0.yaml",
 ]
+GATES = {"recurrence.gate": ["none", {"name": "scalar", "a_range": [0, 16]}]}
 WHOLE: dict[str, Any] = {
     "name": "s",
     "description": "text",
@@ -76,13 +81,18 @@ WHOLE: dict[str, Any] = {
             "block": {"skip": True},
         },
         "task": TASK,
-        "model": {"width": 8, "layers": 1, "heads": 2, "mlp_ratio": 1.0, "block": {"short_conv": 2}},
+        "model": {"width": 8, "layers": 1, "heads": 2, "mlp_ratio": 1.0, "block": {"short_conv": 2}, "preset": "pdn-340m"},
         "training": {"steps": 2, "batch": 4, "lr": 0.01, "betas": [0.9, 0.95], "precision": "fp32", "backend": "auto"},
     },
-    "axes": {"recurrence.gate": ["none", {"name": "scalar", "a_range": [0, 16]}]},
+    "axes": {"recurrence.block.expand_v": [1, 2]},
     "parts": {
-        "a": {"base": {"training": {"steps": 3}}, "axes": {"training.lr": [0.1, 0.2]}, "seeds": 1},
+        "a": {"base": {"training": {"steps": 3}}, "axes": GATES, "seeds": 1},
         "b": {"metric": "loss"},
+        "c": {
+            "base": {"recurrence": {"pattern": ["kda", {"card": "gdn", "gate": "none"}, "softmax"]}, "model": {"layers": 3}},
+            "axes": {"model.variation": ["none", "kda"]},
+            "seeds": [0],
+        },
     },
 }
 
@@ -127,6 +137,9 @@ odd_overrides = st.lists(
                 "gdn",
                 "mqar",
                 "[gdn, kla]",
+                "gdn gdn softmax",
+                "{pattern: [gdn, softmax]}",
+                "pdn-1b",
                 "{x: 1}",
                 "{name: diagonal}",
                 "${x",
@@ -142,7 +155,7 @@ odd_overrides = st.lists(
 
 def test_the_fuzzed_study_is_right_before_it_is_changed(cache: Path, tmp_path: Path) -> None:
     found = plan_study(load_study(study_file(tmp_path, WHOLE)), cache)
-    assert len(found.trials) == 4 * 1 + 2 * 2
+    assert len(found.trials) == 4 * 1 + 2 * 2 + 4
 
 
 @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

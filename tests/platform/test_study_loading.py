@@ -13,7 +13,9 @@ from deltalab.platform.config import Study, load_study, study_names
 from deltalab.platform.config.loader import combine
 from deltalab.platform.config.schema import COMPONENTS
 from deltalab.platform.study import Plan, expand, plan_study
-from deltalab.recurrences import AXES
+from deltalab.recurrences import AXES, components
+from deltalab.recurrences.component import origin
+from deltalab.registry import presets
 
 TASK = {"name": "mqar", "vocab": 16, "length": 16, "pairs": 2, "train_examples": 20, "validation_examples": 4, "test_examples": 4}
 BASE: dict[str, Any] = {
@@ -61,6 +63,20 @@ def base_with(section: str, **values: Any) -> dict[str, Any]:
 
 def test_the_components_are_those_of_the_recurrences() -> None:
     assert COMPONENTS == AXES
+
+
+def test_the_guide_lists_every_component_and_preset() -> None:
+    rows = [
+        line.split("|")
+        for line in (Path(__file__).parents[2] / "docs" / "STUDIES.md").read_text().splitlines()
+        if line[:1] == "|"
+    ]
+    listed = {row[1].strip(" `"): row[-2] for row in rows}
+    for axis in AXES:
+        names = [name for name, cls in components(axis).items() if origin(cls) == "deltalab"]
+        assert sorted(listed[f"recurrence.{axis}"].replace("`", "").split()) == sorted(names)
+    for name in presets.names():
+        assert listed[name].split() == list(presets.load(name).cards)
 
 
 @pytest.mark.parametrize("name", study_names())

@@ -1,9 +1,9 @@
-"""Any combination of components builds, trains and streams; the one that cannot says why."""
+"""Any combination of components builds, trains and streams; one that cannot stand says why."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,27 +12,47 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from deltalab import LanguageModel, Mixer, registry
+from deltalab import Mixer, registry
 from deltalab.errors import UserError
-from deltalab.recurrences import AXES, RecurrenceSpec, components, spec_from_mapping
+from deltalab.recurrences import AXES, Block, LanguageModel, QueryKey, RecurrenceSpec, spec_from_mapping
 
-GATES, STEPS = list(components("gate")), list(components("step_size"))
-THINGS = list(itertools.product(components("preconditioner"), components("forgetting"), ("delta", "none")))
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
+from .strategies import conflicts, contents, missing, named, option, own, settled, words
+from .support import cut, enliven, prefilled, spec_of
+
+LENGTH, WIDTH = 7, 6
 
 
-def spec_of(**choices: Any) -> RecurrenceSpec:
-    spec = spec_from_mapping({"name": "combination", **choices})
-    assert isinstance(spec, RecurrenceSpec)
-    return spec
+def random_examples(number: int) -> Any:
+    return settings(max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+def test_the_strategies_leave_nothing_out() -> None:
+    """A component that joins an axis, or an option that joins a component, must join the strategies too."""
+    assert missing() == []
+
+
+@random_examples(600)
+@given(content=contents())
+def test_what_contradicts_itself_is_refused_with_a_reason(content: dict[str, Any]) -> None:
+    """And nothing else is."""
+    wrong = conflicts(content)
+    if not wrong:
+        spec_of(**content)
+        return
+    with pytest.raises(UserError) as error:
+        spec_of(**content)
+    path, reason = str(error.value).split(": ", 1)
+    assert path.removeprefix("recurrence.") in wrong
+    assert len(reason) > 40
+    assert any(word in reason for word in ("Set ", "valid: ", "choose "))
 
 
 def train_one_step(spec: RecurrenceSpec) -> None:
-    model = LanguageModel(spec, vocab=5, width=6, layers=1, heads=2, seed=0)
-    tokens = torch.randint(5, (2, 6))
+    model = LanguageModel(spec, vocab=5, width=WIDTH, layers=1, heads=2, seed=0)
+    text = torch.randint(5, (2, 6))
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
-        loss = cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss = cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
         assert torch.isfinite(loss)
         optimiser.zero_grad()
         loss.backward()
@@ -43,205 +63,146 @@ def train_one_step(spec: RecurrenceSpec) -> None:
             assert torch.isfinite(parameter.grad).all(), name
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("step_size", [step for step in STEPS if step != "dt"])
-def test_every_combination_trains(gate: str, step_size: str) -> None:
-    for preconditioner, forgetting, erase in THINGS:
-        train_one_step(spec_of(gate=gate, step_size=step_size, preconditioner=preconditioner, forgetting=forgetting, erase=erase))
+def combinations(*axes: str) -> Iterator[dict[str, Any]]:
+    """All choices of these axes; those of the others take turns, so that they meet each other too."""
+    turns = {axis: itertools.cycle(own(axis)) for axis in AXES if axis not in axes}
+    substeps = itertools.cycle((1, 1, 2, 3, 1))
+    for names in itertools.product(*(own(axis) for axis in axes)):
+        content = {**dict(zip(axes, names, strict=True)), **{axis: next(turn) for axis, turn in turns.items()}}
+        yield settled({**content, "substeps": next(substeps)})
 
 
-def test_every_combination_with_the_gates_own_step_trains() -> None:
-    for preconditioner, forgetting, erase in THINGS:
-        train_one_step(spec_of(gate="scalar", step_size="dt", preconditioner=preconditioner, forgetting=forgetting, erase=erase))
+@pytest.mark.parametrize("gate", own("gate"))
+@pytest.mark.parametrize("axes", [("step_size", "preconditioner"), ("preconditioner", "forgetting")], ids="-".join)
+def test_every_gate_with_every_pair_trains(gate: str, axes: tuple[str, str]) -> None:
+    for content in combinations(*axes):
+        train_one_step(spec_of(**settled({**content, "gate": gate})))
 
 
-@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "scalar"])
-def test_the_gates_own_step_needs_the_scalar_gate(gate: str) -> None:
-    message = (
-        f"recurrence.step_size: 'dt' is the time step of the scalar gate, but the gate is {gate!r}. "
-        "Set gate: scalar, or another step size"
-    )
-    for load in (
-        lambda content: spec_from_mapping({"name": "x", **content}),
-        lambda content: registry.load({"card": "mamba2", **content}),
-    ):
-        with pytest.raises(UserError) as error:
-            load({"gate": gate, "step_size": "dt"})
-        assert str(error.value) == message
+@pytest.mark.parametrize("erase", own("erase"))
+def test_every_erase_with_every_value_gain_feedback_and_step_trains(erase: str) -> None:
+    for content in combinations("value_gain", "feedback", "step_size"):
+        train_one_step(spec_of(**settled({**content, "erase": erase})))
 
 
-def choice(name: str, **options: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """A component by name alone, or with some of its options set."""
-    return st.just(name) | st.fixed_dictionaries({"name": st.just(name)}, optional=options)
-
-
-def pair(low: float, high: float) -> st.SearchStrategy[list[float]]:
-    return st.tuples(st.floats(low, high), st.floats(low, high)).filter(lambda p: p[1] - p[0] > 1e-3).map(list)
-
-
-LAW = {"a_range": pair(0, 16), "dt_range": pair(1e-3, 1)}
-CONTROLS = {"control": st.sampled_from(["none", "mean", "shuffle", "constant"]), "constant": st.floats(0.1, 2)}
-OPTIONS = {
-    "gate": st.one_of(choice("none"), choice("scalar", **LAW), choice("channel", rank=st.integers(0, 3), **LAW)),
-    "step_size": st.one_of(
-        choice("one"),
-        choice("dt"),
-        choice("sigmoid", range=pair(0, 2)),
-        choice("kaczmarz", range=pair(0, 2), eps=st.floats(1e-6, 1)),
-    ),
-    "preconditioner": st.one_of(
-        choice("none"),
-        choice("diagonal", x=st.floats(1, 3), centre=st.floats(-2, 2), squash=st.sampled_from(["softsign", "tanh"]), **CONTROLS),
-        choice(
-            "hypergradient",
-            eta=st.floats(0, 2),
-            aware=st.booleans(),
-            initial=st.floats(0, 1),
-            learned=st.booleans(),
-            box=st.sampled_from([[0.0, "inf"], [0.5, 1.5], ["-inf", "inf"]]),
-            clip=st.sampled_from(["token", "none"]),
-            **CONTROLS,
-        ),
-    ),
-    "forgetting": st.one_of(
-        choice("none"),
-        choice("constant", gamma=st.floats(0.1, 1)),
-        choice("token", bias=st.floats(-5, 10)),
-        choice("gated", **LAW),
-    ),
-    "erase": st.sampled_from(["delta", "none"]),
-    "qk": st.fixed_dictionaries(
-        {},
-        optional={
-            "feature_map": st.sampled_from(["none", "elu1", "softmax"]),
-            "normalise_q": st.sampled_from(["l2", "none"]),
-            "normalise_k": st.sampled_from(["l2", "none"]),
-        },
-    ),
-    "block": st.fixed_dictionaries(
-        {},
-        optional={
-            "short_conv": st.integers(0, 4),
-            "output_norm": st.booleans(),
-            "output_gate": st.sampled_from(["none", "silu", "sigmoid"]),
-            "head_width": st.integers(1, 5),
-            "expand_v": st.sampled_from([1.0, 2.0, 3]),
-            "skip": st.booleans(),
-        },
-    ),
-}
-
-
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(content=st.fixed_dictionaries({}, optional=OPTIONS), prefill=st.integers(0, 7), seed=st.integers(0, 3))
-def test_random_options_train_and_stream(content: dict[str, Any], prefill: int, seed: int) -> None:
-    """`clip: chunk` is left out: it clips at the end of every call, so that its function depends on how a sequence is cut."""
-    gate = content.get("gate", "none")
-    step = content.get("step_size", "sigmoid")
-    if "dt" in (step, step["name"] if isinstance(step, dict) else "") and "scalar" not in (
-        gate,
-        gate["name"] if isinstance(gate, dict) else "",
-    ):
-        content = {**content, "gate": "scalar"}
+def check(content: dict[str, Any], prefill: int, seed: int) -> None:
+    """In float64, after a step of training: one pass == any prefill then token by token == the token loop, gradients too."""
     spec = spec_of(**content)
     assert spec_from_mapping({"name": "again", **spec.effective()}).effective() == spec.effective()
     torch.manual_seed(seed)
-    mixer = Mixer(spec, width=6, heads=2, seed=seed).double()
-    x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
-    whole = mixer(x)
-    assert torch.isfinite(whole).all()
-    whole.square().mean().backward()
-    assert x.grad is not None
-    assert torch.isfinite(x.grad).all()
-    assert all(torch.isfinite(p.grad).all() for p in mixer.parameters() if p.grad is not None)
-    with torch.no_grad():
-        state, outputs = mixer.initial_state(2), []
-        for piece in ([x[:, :prefill]] if prefill else []) + list(x[:, prefill:].split(1, dim=1)):
-            if piece.shape[1]:
-                y, state = mixer(piece, state=state)
-                outputs.append(y)
-    torch.testing.assert_close(torch.cat(outputs, dim=1), whole.detach(), **TOLERANCE)
-    assert state.state_bytes == 2 * mixer.state_bytes(7)
+    mixer, x = Mixer(spec, width=WIDTH, heads=2, seed=seed).double(), torch.randn(2, LENGTH, WIDTH, dtype=torch.float64)
+    enliven(mixer)
+    step_downhill(mixer, x)
+    whole, gradients = differentiated(mixer, x, "torch")
+    again, expected = differentiated(mixer, x, "reference")
+    assert_close(whole, again)
+    for one, other in zip(gradients, expected, strict=True):
+        assert_close(one, other)
+    if option(content, "preconditioner", "clip", "token") == "chunk":
+        whole, prefill = clipped_at_every_token(mixer, content, x), 0
+    y, state = cut(mixer, x, prefilled(prefill, LENGTH))
+    assert_close(y, whole)
+    assert state.state_bytes == 2 * mixer.state_bytes(LENGTH)
 
 
-def test_the_options_tried_above_are_all_there_are(mixer_of: Callable[..., Mixer]) -> None:
-    """A component that joins an axis must join the strategies too."""
-    tried = {axis: {name for name in components(axis) if name in repr(OPTIONS[axis])} for axis in AXES}
-    assert tried == {axis: set(components(axis)) for axis in AXES}
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """To nine digits of the largest number."""
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * max(1.0, expected.abs().max().item()))
 
 
-def test_clip_chunk_trains() -> None:
-    train_one_step(spec_of(preconditioner={"name": "hypergradient", "initial": 1.0, "box": [0.9, 1.1], "clip": "chunk"}))
+@random_examples(250)
+@given(content=contents(), prefill=st.integers(0, LENGTH), seed=st.integers(0, 3))
+def test_random_recurrences_train_and_stream(content: dict[str, Any], prefill: int, seed: int) -> None:
+    check(settled(content), prefill, seed)
 
 
-def test_a_step_that_is_not_learned_keeps_its_value() -> None:
-    spec = spec_of(preconditioner={"name": "hypergradient", "initial": 1.0, "learned": False})
-    mixer = Mixer(spec, width=6, heads=2)
-    assert not mixer.preconditioner.first.requires_grad
-    assert mixer.preconditioner.first.eq(1).all()
+def every_word() -> list[tuple[str, dict[str, Any]]]:
+    """Every value of every word and switch of every component, of qk and of the block, each in a card of its own."""
+    base = {"gate": "scalar", "forgetting": "gated", "preconditioner": "diagonal"}
+    found = []
+    for axis in AXES:
+        for name, cls in own(axis).items():
+            for word, values in words(cls.Config).items():
+                found += [(f"{axis}.{name}.{word}", {**base, axis: {"name": name, word: value}}) for value in values]
+    for part, config in (("qk", QueryKey), ("block", Block)):
+        for word, values in words(config).items():
+            found += [(f"{part}.{word}", {**base, part: {word: value}}) for value in values]
+    return found
 
 
-@pytest.mark.parametrize(
-    ("choices", "message"),
-    [
-        (
-            {"step_size": {"name": "sigmoid", "range": [1, 0]}},
-            "recurrence.step_size.range: [1, 0] is empty; the first number must be below the second",
-        ),
-        (
-            {"step_size": {"name": "kaczmarz", "range": [1, 1]}},
-            "recurrence.step_size.range: [1, 1] is empty; the first number must be below the second",
-        ),
-        ({"step_size": {"name": "sigmoid", "range": [0, 3]}}, "recurrence.step_size.range[1]: 3.0 is out of range (from 0 to 2)"),
-        (
-            {"gate": {"name": "scalar", "a_range": [16, 0]}},
-            "recurrence.gate.a_range: [16, 0] is empty; the first number must not be above the second",
-        ),
-        (
-            {"gate": {"name": "channel", "dt_range": [1, 0.1]}},
-            "recurrence.gate.dt_range: [1, 0.1] is empty; the first number must not be above",
-        ),
-        (
-            {"forgetting": {"name": "gated", "dt_range": [0, 0.1]}},
-            "recurrence.forgetting.dt_range[0]: 0.0 is out of range (at most 1000.0 and above 0)",
-        ),
-        (
-            {"preconditioner": {"name": "hypergradient", "box": [2, 1]}},
-            "recurrence.preconditioner.box: [2, 1] is empty; the first number must not be",
-        ),
-        (
-            {"preconditioner": {"name": "hypergradient", "box": [1]}},
-            "recurrence.preconditioner.box: expected 2 values, got 1: [1]",
-        ),
-        (
-            {"preconditioner": {"name": "diagonal", "x": 0.5}},
-            "recurrence.preconditioner.x: 0.5 is out of range (from 1 to 1000000.0)",
-        ),
-        ({"preconditioner": {"x": 2}}, "recurrence.preconditioner.name: missing. Valid: diagonal, hypergradient, none"),
-        ({"gate": "chanel"}, "recurrence.gate: unknown gate 'chanel'. Did you mean 'channel'? Valid: none, scalar, channel"),
-        ({"gate": ["scalar"]}, "recurrence.gate: unknown gate ['scalar']."),
-        ({"step_size": True}, "recurrence.step_size: unknown step size True."),
-        ({"erase": "yes"}, "recurrence.erase: unknown erase 'yes'."),
-        ({"qk": {"normalise_q": "l1"}}, "recurrence.qk.normalise_q: unknown value 'l1'. Did you mean 'l2'? Valid: l2, none"),
-        ({"qk": 0}, "recurrence.qk: expected a mapping of feature_map, normalise_q, normalise_k, got 0"),
-        ({"block": []}, "recurrence.block: expected a mapping of short_conv,"),
-    ],
-)
-def test_options_that_cannot_be(choices: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        spec_of(**choices)
-    assert str(error.value).startswith(message)
+@pytest.mark.parametrize("path", sorted({path for path, _ in every_word()}))
+def test_every_word_trains_and_streams(path: str) -> None:
+    tried = [content for name, content in every_word() if name == path]
+    assert len(tried) > 1
+    for content in tried:
+        check(settled(content), 3, 0)
 
 
-def test_warnings_of_steps_outside_the_stable_range() -> None:
-    assert spec_of(step_size={"name": "sigmoid", "range": [0, 2]}, preconditioner="diagonal").warnings() == [
-        "beta x can reach 3; the erase is stable only while beta x <= 2"
-    ]
-    assert spec_of(forgetting="token").warnings()[0].startswith("forgetting: token has no effect")
-    assert spec_of(qk={"normalise_k": "none"}).warnings()[0].startswith("qk.normalise_k: none with erase: delta is unstable")
-    assert spec_of(qk={"normalise_k": "none"}, step_size="kaczmarz").warnings() == []
+@pytest.mark.parametrize("axis", AXES)
+def test_every_component_trains_and_streams_in_substeps(axis: str) -> None:
+    for name, substeps in itertools.product(own(axis), (2, 3)):
+        check(
+            settled({"gate": "scalar", "forgetting": "gated", "preconditioner": "diagonal", axis: name, "substeps": substeps}),
+            3,
+            0,
+        )
+
+
+def clipped_at_every_token(mixer: Any, content: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
+    """`clip: chunk` clips at the end of every call: token by token it is `clip: token`, whose one pass is returned."""
+    exact = {**content, "preconditioner": {**content["preconditioner"], "clip": "token"}}
+    other = Mixer(spec_of(**exact), width=WIDTH, heads=2).double()
+    other.load_state_dict(mixer.state_dict())
+    return other(x).detach()
+
+
+def step_downhill(mixer: Any, x: torch.Tensor) -> None:
+    optimiser = torch.optim.SGD(mixer.parameters(), lr=0.05)
+    loss = mixer(x).square().mean()
+    assert torch.isfinite(loss)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(mixer.parameters(), 1.0)
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+def differentiated(mixer: Any, x: torch.Tensor, backend: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output and the gradients of its mean square for the input and every parameter that learns."""
+    mixer.backend = backend
+    leaf, learned = x.clone().requires_grad_(), [p for p in mixer.parameters() if p.requires_grad]
+    y = mixer(leaf)
+    found = torch.autograd.grad(y.square().mean(), [leaf, *learned], allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, [leaf, *learned], strict=True)]
+    assert torch.isfinite(y).all()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    return y.detach(), gradients
 
 
 def test_forgetting_without_a_preconditioner_is_no_difference() -> None:
     assert spec_of(forgetting="token").effective() == spec_of().effective()
+    assert spec_of(forgetting="token", preconditioner="static").effective() == spec_of(preconditioner="static").effective()
     assert spec_of(forgetting="token", preconditioner="diagonal").effective() != spec_of(preconditioner="diagonal").effective()
+
+
+def test_a_step_that_is_not_learned_keeps_its_value() -> None:
+    spec = spec_of(preconditioner={"name": "hypergradient", "initial": 1.0, "learned": False})
+    mixer: Any = Mixer(spec, width=6, heads=2)
+    assert not mixer.preconditioner.first.requires_grad
+    assert mixer.preconditioner.first.eq(1).all()
+
+
+def test_combinations_that_nobody_has_published() -> None:
+    """KLA's step, OSDN's preconditioner, KDA's gate, Comba's erase and feedback, three substeps, grouped keys; and so on."""
+    for content in (
+        {"gate": "channel", "step_size": "kaczmarz", "preconditioner": "hypergradient", "qk": {"normalise_k": "none"}},
+        {"gate": "channel", "erase": "scaled", "feedback": "read_key", "substeps": 3, "preconditioner": "diagonal"},
+        {"gate": "scalar", "step_size": "efla", "preconditioner": "exact", "forgetting": "tied", "value_gain": "learned"},
+        {"gate": "tied", "step_size": "inverse_time", "preconditioner": "moving_average", "forgetting": "tied"},
+    ):
+        spec = registry.load({"card": "deltanet", **content})
+        assert isinstance(spec, RecurrenceSpec)
+        assert named(content, "gate") == spec.gate.name
+        train_one_step(spec)
+        mixer = Mixer(spec, width=WIDTH, heads=2, seed=0, key_heads=1).double()
+        x = torch.randn(1, 9, WIDTH, dtype=torch.float64)
+        torch.testing.assert_close(cut(mixer, x, [4, 1, 1, 1, 2])[0], mixer(x).detach(), rtol=1e-10, atol=1e-10)

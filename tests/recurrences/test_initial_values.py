@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from deltalab import LanguageModel, Mixer, registry
-from deltalab.recurrences import HeadShape, choose, initialise
+from deltalab.recurrences import AXES, Component, HeadShape, choose, initialise
 
-CARDS = registry.names()
+from .strategies import own, settled
+from .support import CARDS
+
 SIZES: dict[str, Any] = {"vocab": 37, "width": 16, "layers": 2, "heads": 2, "mlp_ratio": 2.0, "tied": False}
 
 
@@ -19,9 +22,9 @@ def build(card: Any, seed: int | None = 0, **options: Any) -> LanguageModel:
     return LanguageModel(registry.load(card), **{**SIZES, "seed": seed, **options})
 
 
-def on_meta(card: Any, seed: int) -> LanguageModel:
+def on_meta(card: Any, seed: int, **options: Any) -> LanguageModel:
     with torch.device("meta"):
-        model = build(card, seed)
+        model = build(card, seed, **options)
     assert all(parameter.is_meta for parameter in model.parameters())
     model.to_empty(device="cpu")
     for parameter in model.parameters():
@@ -37,9 +40,55 @@ def test_construction_on_meta_gives_the_same_values(card: str) -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+ONE = math.log(math.expm1(1.0))  # softplus(ONE) = 1
+NUMBERS = {
+    "gate.scalar_sigmoid.proj.bias": 0.0,
+    "gate.channel_sigmoid.up.bias": 0.0,
+    "step_size.kaczmarz.proj.bias": 0.0,
+    "step_size.kaczmarz_learned.c": ONE,
+    "preconditioner.diagonal.centre": -0.2,
+    "preconditioner.diagonal_raw.ridge": ONE,
+    "preconditioner.static.d": 0.0,
+    "preconditioner.hypergradient.first": 0.0,
+    "preconditioner.exact.ridge": math.log(math.expm1(0.75)),  # 0.25 + softplus of it is 1
+    "forgetting.learned.b": 6.9,
+    "forgetting.token.proj.bias": 6.9,
+    "forgetting.token.proj.weight": 0.0,
+    "erase.scaled.c": 1.0,
+    "value_gain.learned.gain": 1.0,
+    "feedback.read_key.D": 1.0,
+}
+"""Every parameter of a component that starts at a number; A_log and dt_bias have a law, projections are N(0, 0.02)."""
+
+
+@pytest.mark.parametrize("where", ["direct", "meta"])
+@pytest.mark.parametrize("axis", AXES)
+def test_every_parameter_of_every_component_starts_where_it_says(axis: str, where: str) -> None:
+    """In public code both PDN's centre and OSDN's bias were lost to a model-wide initialiser."""
+    make = build if where == "direct" else on_meta
+    for name in own(axis):
+        card = {"card": "deltanet", "gate": "scalar", "preconditioner": "diagonal", "forgetting": "gated", axis: name}
+        model = make(settled(card), 0, init_std=0.3)
+        for block in model.blocks:
+            module = getattr(block.mixer, axis)
+            assert isinstance(module, Component)
+            for parameter, value in module.named_parameters():
+                expected = NUMBERS.get(f"{axis}.{name}.{parameter}")
+                if expected is not None:
+                    torch.testing.assert_close(value.detach(), torch.full_like(value, expected), rtol=1e-5, atol=1e-6)
+                elif parameter == "A_log":
+                    assert (value <= 2.7727).all()
+                    assert value.std() > 0
+                elif parameter == "dt_bias":
+                    dt = nn.functional.softplus(value)
+                    assert ((dt > 0.00099) & (dt < 0.101)).all()
+                else:
+                    assert parameter.endswith("weight"), f"{axis}.{name}.{parameter}"
+                    assert 0.1 < value.std() < 0.6, f"{axis}.{name}.{parameter}"
+
+
 @pytest.mark.parametrize("where", ["direct", "meta"])
 def test_the_numbers_of_the_components_survive_the_model(where: str) -> None:
-    """In public code both PDN's centre and OSDN's bias were lost to a model-wide initialiser."""
     make = build if where == "direct" else on_meta
     for block in make("pgdn", 0).blocks:
         assert torch.equal(block.mixer.preconditioner.centre, torch.full((2,), -0.2))

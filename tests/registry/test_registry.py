@@ -11,7 +11,6 @@ import pytest
 from deltalab import registry
 from deltalab.errors import UserError
 from deltalab.recurrences import AttentionSpec, RecurrenceSpec
-from deltalab.registry.loader import differences
 
 MINE = {"name": "mine", "equation": "S_t = ...", "source": "unpublished", "gate": "channel", "step_size": "kaczmarz"}
 
@@ -31,7 +30,7 @@ def test_a_shipped_card_documents_itself(name: str) -> None:
     assert "arXiv" in spec.about.source
     assert all(caveat.strip() for caveat in spec.about.caveats)
     assert spec.warnings() == []
-    assert isinstance(spec, AttentionSpec if name == "softmax" else RecurrenceSpec)
+    assert isinstance(spec, AttentionSpec if name in ("softmax", "sliding_window") else RecurrenceSpec)
 
 
 def test_names_are_sorted_and_ones_own_copy() -> None:
@@ -45,12 +44,8 @@ def test_a_card_with_axes_turned() -> None:
     spec = registry.load(
         {"card": "gdn", "gate": "channel", "step_size": {"name": "sigmoid", "range": [0, 2]}, "block": {"short_conv": 0}}
     )
-    assert (spec.name, spec.gate.name, spec.step_size.config.range, spec.erase) == ("gdn", "channel", (0.0, 2.0), "delta")
-    assert spec.block.short_conv == 0
-    assert differences(registry.load("gdn"), spec)[:2] == [
-        ("gate", "scalar", "channel"),
-        ("step_size", "sigmoid", "sigmoid(range=[0.0, 2.0])"),
-    ]
+    assert (spec.name, spec.gate.name, spec.step_size.config.range) == ("gdn", "channel", (0.0, 2.0))
+    assert (spec.erase.name, spec.block.short_conv) == ("delta", 0)
 
 
 def test_options_without_a_name_are_those_of_the_cards_component() -> None:
@@ -65,6 +60,7 @@ def test_a_component_named_anew_has_its_own_defaults() -> None:
     assert spec.preconditioner.config.eta == 1.0
     assert registry.load({"card": "osdn", "preconditioner": "diagonal"}).preconditioner.config.x == 1.5
     assert registry.load({"card": "osdn", "preconditioner": None}).preconditioner.name == "none"
+    assert registry.load({"card": "gdn", "erase": None}).erase.name == "none"
 
 
 def test_settings_of_qk_and_block_are_merged_one_by_one() -> None:
@@ -88,18 +84,13 @@ def test_a_whole_card_as_a_mapping_and_a_spec_as_it_is() -> None:
     assert registry.load({"name": "mine"}).effective() == registry.load("deltanet").effective()
 
 
-def test_differences() -> None:
-    assert differences(registry.load("gdn"), registry.load("gdn")) == []
-    assert differences(registry.load("gdn"), registry.load("softmax")) == [("kind", "recurrence", "softmax")]
-    assert [axis for axis, *_ in differences(registry.load("gdn"), registry.load("kla"))] == ["step_size", "qk"]
-
-
 def test_settings_that_attention_does_not_have_are_named() -> None:
     spec = registry.load({"card": "softmax", "block": {"output_gate": "silu", "short_conv": 0}})
     assert spec.warnings() == ["block.output_gate has no effect on softmax attention"]
     assert spec.effective() == registry.load({"card": "softmax", "block": {"short_conv": 0}}).effective()
 
 
+SHAPES = "recurrence: expected `card: NAME` (with axes to turn), a whole card with its own `name`, or `pattern: [...]` of layers"
 VALID = "Valid: " + ", ".join(registry.names())
 
 
@@ -110,24 +101,33 @@ VALID = "Valid: " + ", ".join(registry.names())
         ("", f"recurrence: unknown recurrence ''. {VALID}"),
         ({"card": "gnd", "gate": "none"}, f"recurrence.card: unknown recurrence 'gnd'. Did you mean 'gdn'? {VALID}"),
         ({"card": ["gdn"]}, f"recurrence.card: unknown recurrence ['gdn']. Did you mean 'gdn'? {VALID}"),
-        ({"gate": "none"}, "recurrence: expected `card: NAME` (with axes to turn) or a whole card with its own `name`"),
-        ({}, "recurrence: expected `card: NAME` (with axes to turn) or a whole card with its own `name`"),
-        ({"card": None}, "recurrence: expected `card: NAME` (with axes to turn) or a whole card with its own `name`"),
+        (
+            {"gate": "none"},
+            SHAPES,
+        ),
+        (
+            {},
+            SHAPES,
+        ),
+        (
+            {"card": None},
+            SHAPES,
+        ),
         (
             {"name": "gdn", "gate": "channel"},
             "recurrence.name: 'gdn' is a shipped recurrence; write `card: gdn` (a card of your own gives its `source`)",
         ),
-        (3, "recurrence: expected a card's name, a YAML file or a mapping, got 3"),
-        (None, "recurrence: expected a card's name, a YAML file or a mapping, got None"),
-        (["gdn"], "recurrence: expected a card's name, a YAML file or a mapping, got ['gdn']"),
+        (3, "recurrence: expected a card's name, a YAML file, a pattern of them or a mapping, got 3"),
+        (None, "recurrence: expected a card's name, a YAML file, a pattern of them or a mapping, got None"),
+        (["gdn"], "recurrence: expected a card's name, a YAML file, a pattern of them or a mapping, got ['gdn']"),
         ({**MINE, "gat": "none"}, "recurrence.gat: unknown key 'gat'. Did you mean 'gate'?"),
         ({**MINE, 3: "none"}, "recurrence.3: unknown key 3."),
         (
             {**MINE, "gate": "chanel"},
-            "recurrence.gate: unknown gate 'chanel'. Did you mean 'channel'? Valid: none, scalar, channel",
+            "recurrence.gate: unknown gate 'chanel'. Did you mean 'channel'? Valid: none, fixed, scalar, channel,",
         ),
         ({**MINE, "gate": {"name": "scalar", "rank": 3}}, "recurrence.gate.rank: unknown key 'rank'. Did you mean 'a_range'?"),
-        ({**MINE, "step_size": {"eps": 1e-3}}, "recurrence.step_size.name: missing. Valid: dt, kaczmarz, one, sigmoid"),
+        ({**MINE, "step_size": {"eps": 1e-3}}, "recurrence.step_size.name: missing. Valid: constant, dt, efla,"),
         (
             {**MINE, "step_size": {"name": "kaczmarz", "eps": "small"}},
             "recurrence.step_size.eps: 'small' is not a number (at most 1 and above 0)",
@@ -140,9 +140,14 @@ VALID = "Valid: " + ", ".join(registry.names())
         ({**MINE, "name": 3}, "recurrence.name: 3 is not a text"),
         ({**MINE, "caveats": "none"}, "recurrence.caveats: expected a list, got 'none'"),
         ({**MINE, "caveats": [3]}, "recurrence.caveats[0]: 3 is not a text"),
-        ({**MINE, "erase": "dleta"}, "recurrence.erase: unknown erase 'dleta'. Did you mean 'delta'? Valid: delta, none"),
-        ({**MINE, "erase": None}, "recurrence.erase: unknown erase None. Did you mean 'none'? Valid: delta, none"),
-        ({**MINE, "kind": "soft"}, "recurrence.kind: unknown kind 'soft'. Did you mean 'softmax'? Valid: recurrence, softmax"),
+        (
+            {**MINE, "erase": "dleta"},
+            "recurrence.erase: unknown erase 'dleta'. Did you mean 'delta'? Valid: delta, none, scaled, channel",
+        ),
+        (
+            {**MINE, "kind": "soft"},
+            "recurrence.kind: unknown kind 'soft'. Did you mean 'softmax'? Valid: recurrence, softmax, hybrid",
+        ),
         ({**MINE, "block": {"skip": 1}}, "recurrence.block.skip: 1 is not true or false"),
         ({**MINE, "block": {"short_conv": True}}, "recurrence.block.short_conv: True is not an integer (from 0 to 64)"),
         ({**MINE, "rope_base": 2}, "recurrence.rope_base: unknown key 'rope_base'."),
@@ -166,7 +171,10 @@ def test_the_path_is_the_callers() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "recurrence: 'FILE' holds no mapping; a card has `name`, `equation`, `source` and a choice per axis"),
+        (
+            "",
+            "recurrence: 'FILE' holds no mapping; a card has `name`, `equation`, `source` and a choice per axis (or a `pattern`)",
+        ),
         ("- gdn\n", "recurrence: 'FILE' holds no mapping;"),
         ("name: mine\nequation: S\n", "recurrence: the card 'FILE' does not say its `source`"),
         ("name: mine\nsource: 3\nequation: S\n", "recurrence: the card 'FILE' does not say its `source`"),

@@ -7,10 +7,11 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import yaml
 from filelock import FileLock
 
 from deltalab.platform.analysis import compare, render
+from deltalab.platform.cli.main import main
 from deltalab.platform.config import DataRoot
 from deltalab.platform.tracking import Ledger, TrialRow
 
@@ -238,3 +240,38 @@ def _two_parts(lab: Lab, text: Path) -> Path:
     del content["axes"], content["base"]["task"]
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     return file
+
+
+@pytest.fixture
+def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`command(folder, "list", ...)`: the command in a process of its own, without a root."""
+
+    def call(folder: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
+        line = [str(DELTALAB), *map(str, arguments)]
+        env = environment(**changes)
+        return subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, cwd=folder, env=env, check=False)
+
+    return call
+
+
+@pytest.fixture
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """`cli("list", "tasks")` -> (exit code, stdout, stderr), in this process: an import of torch for all instead of for each."""
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("DELTALAB_ROOT", raising=False)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["deltalab", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        code = left.value.code
+        return (0 if code is None else int(code)), out, err
+
+    yield call
+    signal.signal(signal.SIGINT, before)

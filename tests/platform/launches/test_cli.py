@@ -10,14 +10,13 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deltalab import registry
-from deltalab.platform.cli.main import main
 from deltalab.platform.config import study_names
 from deltalab.platform.tasks import task_names
 from deltalab.recurrences import AXES, components
@@ -25,27 +24,6 @@ from deltalab.recurrences import AXES, components
 Lab = Any  # conftest.Lab: test folders are no packages, so its name cannot be imported
 Cli = Callable[..., tuple[int, str, str]]
 COMMANDS = ("run", "compare", "status", "list", "describe", "ui")
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Cli]:
-    """`cli("list", "tasks")` -> (exit code, stdout, stderr), in this process: an import of torch for all instead of for each."""
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("DELTALAB_ROOT", raising=False)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["deltalab", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        code = left.value.code
-        return (0 if code is None else int(code)), out, err
-
-    yield call
-    signal.signal(signal.SIGINT, before)
 
 
 # ------------------------------------------------------------------------------------------------------------------ help

@@ -1,0 +1,81 @@
+"""What the recurrence tests share: small mixers and models in float64, away from their initial values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deltalab import LanguageModel, Mixer, registry
+from deltalab.recurrences import MixerState, RecurrenceSpec, spec_from_mapping
+
+CARDS = registry.names()
+RECURRENT = [name for name in CARDS if isinstance(registry.load(name), RecurrenceSpec)]
+every_card = pytest.mark.parametrize("card", CARDS)
+every_recurrence = pytest.mark.parametrize("card", RECURRENT)
+EXACTLY = {"rtol": 1e-10, "atol": 1e-10}
+STREAMING = {"rtol": 1e-9, "atol": 1e-9}
+
+Card = str | Mapping[str, Any]
+
+
+def mixer_of(card: Card, width: int = 12, heads: int = 2, lively: bool = True, **block: Any) -> Any:
+    """A mixer in float64. `lively`: every parameter moved away from its initial value, where many terms are nearly linear."""
+    mixer = Mixer(registry.load(card), width=width, heads=heads, seed=0, **block).double()
+    if lively:
+        enliven(mixer)
+    return mixer
+
+
+def model_of(card: Card, **options: Any) -> LanguageModel:
+    return LanguageModel(registry.load(card), **{"vocab": 11, "width": 12, "layers": 2, "heads": 2, "seed": 0, **options})
+
+
+def spec_of(**choices: Any) -> RecurrenceSpec:
+    spec = spec_from_mapping({"name": "combination", **choices})
+    assert isinstance(spec, RecurrenceSpec)
+    return spec
+
+
+@torch.no_grad()
+def enliven(module: nn.Module) -> None:
+    """Larger projections, gates that forget a part, statistics that start above 0."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        last = name.split(".")[-1]
+        if last in ("A_log", "dt_bias"):
+            parameter.copy_(0.3 * noise - 1)
+        elif last == "first":
+            parameter.copy_(0.5 + noise.abs())
+        else:
+            parameter.copy_(parameter + 0.4 * noise)
+
+
+def tokens(width: int = 12, length: int = 9, batch: int = 2) -> Tensor:
+    return torch.randn(batch, length, width, dtype=torch.float64)
+
+
+@torch.no_grad()
+def cut(mixer: Any, x: Tensor, sizes: list[int], state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+    """x in pieces of these sizes, the state handed on."""
+    state = mixer.initial_state(len(x)) if state is None else state
+    outputs = []
+    for piece in x.split(sizes, dim=1):
+        y, state = mixer(piece, state=state)
+        outputs.append(y)
+    assert state is not None
+    return torch.cat(outputs, dim=1), state
+
+
+def prefilled(prefill: int, length: int) -> list[int]:
+    """The first `prefill` tokens in one call, then token by token."""
+    return ([prefill] if prefill else []) + [1] * (length - prefill)
+
+
+def assert_same_state(one: MixerState, other: MixerState, **tolerance: float) -> None:
+    for left, right in zip(one.tensors(), other.tensors(), strict=True):
+        torch.testing.assert_close(left, right, **(tolerance or STREAMING))
