@@ -70,6 +70,10 @@ class Multiplier(Preconditioner):
         raw keys of any length leave the statistic in its stable range."""
         raise NotImplementedError
 
+    def flops_per_token(self) -> int:
+        # Per channel: the statistic's decay and addition, the multiplier's product with the key, and a sum over channels.
+        return self.shape.heads * self.shape.key * (4 if self.has_statistic else 1)
+
     @classmethod
     def largest(cls, config: Any) -> float:
         """The largest multiplier that its options allow."""

@@ -87,10 +87,9 @@ def _valid(hint: Any, limits: Mapping[str, Any]) -> str:
     if limits.get("choices"):
         return " | ".join(map(str, limits["choices"]))
     signs = {"min": ">=", "above": ">", "max": "<=", "below": "<"}
-    if typing.get_origin(hint) is tuple:
-        return f"{len(typing.get_args(hint))} numbers"
+    of = f"{len(typing.get_args(hint))} numbers" if typing.get_origin(hint) is tuple else ""
     words = ", ".join(f"{sign} {limits[key]:g}" for key, sign in signs.items() if limits.get(key) is not None)
-    return words or _TYPES.get(hint, "")
+    return " ".join(part for part in (of, words) if part) or _TYPES.get(hint, "")
 
 
 Row = tuple[str, str, str, str]
