@@ -4,8 +4,8 @@
 
 x, y [B,T,C]; past [B,W-1,C], the inputs before x (zeros at a sequence's start); w [W,C].
 
-Written as W shifted multiply-adds over [B,T,C]: torch's general convolution wants [B,C,T], and its two transposes and its
-backward cost five times as much at these widths on a CPU.
+Written as W shifted multiply-adds over [B,T,C], or one compiled pass on a CPU: torch's general convolution wants [B,C,T], and its
+two transposes and its backward cost five times as much as the multiply-adds at these widths on a CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .cpu import convolution
 
 
 def short_convolution(x: Tensor, weight: Tensor, past: Tensor | None = None, silu: bool = True) -> Tensor:
@@ -29,12 +31,7 @@ class _ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, weight: Tensor, tokens: int, silu: bool) -> Tensor:
-        lead = padded.shape[1] - tokens
-        z = padded[:, lead:] * weight[0]
-        for i in range(1, weight.shape[0]):
-            to, source = _tap(i, lead, tokens)
-            z[:, to].addcmul_(padded[:, source], weight[i])
-        ctx.tokens = tokens
+        z = convolution.convolve(padded, weight, tokens) if convolution.serves(padded) else _convolve(padded, weight, tokens)
         ctx.save_for_backward(padded, weight, z if silu else None)
         return F.silu(z) if silu else z
 
@@ -43,17 +40,34 @@ class _ShortConvolution(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         padded, weight, z = ctx.saved_tensors
         dz = dy.contiguous() if z is None else torch.ops.aten.silu_backward(dy.contiguous(), z)
-        lead = padded.shape[1] - ctx.tokens
-        d_padded, d_weight = torch.empty_like(padded), torch.zeros_like(weight)
-        d_padded[:, :lead] = 0
-        torch.mul(dz, weight[0], out=d_padded[:, lead:])
-        products = torch.empty_like(dz)  # one buffer for all taps: fresh megabytes cost page faults
-        for i in range(weight.shape[0]):
-            to, source = _tap(i, lead, ctx.tokens)
-            if i:
-                d_padded[:, source].addcmul_(dz[:, to], weight[i])
-            d_weight[i] = torch.mul(dz[:, to], padded[:, source], out=products[:, to]).sum((0, 1))
+        backward = convolution.convolve_backward if convolution.serves(padded) else _convolve_backward
+        d_padded, d_weight = backward(padded, weight, dz)
         return d_padded, d_weight, None, None
+
+
+def _convolve(padded: Tensor, weight: Tensor, tokens: int) -> Tensor:
+    """z [B,T,C] as W shifted multiply-adds."""
+    lead = padded.shape[1] - tokens
+    z = padded[:, lead:] * weight[0]
+    for i in range(1, weight.shape[0]):
+        to, source = _tap(i, lead, tokens)
+        z[:, to].addcmul_(padded[:, source], weight[i])
+    return z
+
+
+def _convolve_backward(padded: Tensor, weight: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of padded, gradient of weight)."""
+    lead = padded.shape[1] - dz.shape[1]
+    d_padded, d_weight = torch.empty_like(padded), torch.zeros_like(weight)
+    d_padded[:, :lead] = 0
+    torch.mul(dz, weight[0], out=d_padded[:, lead:])
+    products = torch.empty_like(dz)  # one buffer for all taps: fresh megabytes cost page faults
+    for i in range(weight.shape[0]):
+        to, source = _tap(i, lead, dz.shape[1])
+        if i:
+            d_padded[:, source].addcmul_(dz[:, to], weight[i])
+        d_weight[i] = torch.mul(dz[:, to], padded[:, source], out=products[:, to]).sum((0, 1))
+    return d_padded, d_weight
 
 
 def _tap(i: int, lead: int, tokens: int) -> tuple[slice, slice]:

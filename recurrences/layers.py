@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import normalise
 from ..kernels.short_conv import short_convolution
 
 PROJECTION_STD = 0.02
@@ -95,4 +96,4 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 def l2_normalise(x: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + 1e-6) along the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+    return normalise.l2_normalise(x, L2_EPS)
