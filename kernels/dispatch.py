@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, unknown
-from . import chunked, conjugate, cpu, inverse_gram, reference, scans, token_scan
+from . import chunked, conjugate, cpu, inverse_gram, reference, scans, token_scan, triton
 from .checks import (
     check_delta_rule,
     check_diagonal_scan,
@@ -16,27 +16,36 @@ from .checks import (
 )
 from .precision import without_autocast, working_dtype
 
-_BACKENDS = ("reference", "torch", "cpu")
+_BACKENDS = ("reference", "torch", "cpu", "triton")
 
 
 def backends() -> tuple[str, ...]:
-    """Of this installation: "reference", the definition; "torch", the chunk form on every device; "cpu", the compiled loop."""
-    return _BACKENDS
+    """Of this machine: "reference", the definition; "torch", the chunk form on every device; "cpu", the compiled loop; and
+    "triton" where there is a GPU for it."""
+    return _BACKENDS if torch.cuda.is_available() and triton.available("cuda") else _BACKENDS[:-1]
 
 
 def resolve_backend(name: str, device: torch.device | str, key_width: int = 0, value_width: int = 0) -> str:
     """The backend that `name` means on `device` for heads of these widths (0: any); "auto" is the fastest one there.
 
-    On a CPU that is the compiled token loop for widths from 16 to 256; narrower heads gain nothing from being compiled.
-    Errors: `UserError` for an unknown name, and for "cpu" on another device.
+    On a CPU that is the compiled token loop for widths from 16 to 96, as measured. On a GPU it is the chunk form: the Triton
+    kernels have been compiled and interpreted, but not yet measured on one, so they are chosen by name only.
+    Errors: `UserError` for an unknown name, and for a backend that cannot work on `device` or at these widths.
     """
     device = torch.device(device)
     if name == "auto":
         return "cpu" if cpu.serves(device, key_width, value_width) else "torch"
     if name not in _BACKENDS:
         raise unknown("backend", name, ("auto", *_BACKENDS), "backend")
-    if name == "cpu" and device.type not in ("cpu", "meta"):
-        raise UserError(f"backend: 'cpu' cannot work on {device}. Valid there: auto, reference, torch")
+    serves = {"cpu": device.type == "cpu", "triton": device.type != "meta" and triton.available(device)}
+    if device.type != "meta" and not serves.get(name, True):
+        valid = ", ".join(("auto", "reference", "torch", *(other for other, fits in serves.items() if fits)))
+        raise UserError(f"backend: {name!r} cannot work on {device}. Valid there: {valid}")
+    if name == "triton" and max(key_width, value_width) > triton.LONGEST_WIDTH:
+        raise UserError(
+            f"backend: 'triton' serves heads of at most {triton.LONGEST_WIDTH}, got {key_width} x {value_width}. "
+            "Valid: auto, torch"
+        )
     return name
 
 
@@ -66,8 +75,8 @@ def delta_rule(
         initial_state: [B,H,K,V], zeros when None.
         scale: factor of the output, K**-0.5 when None.
         erase: subtract what the memory already holds for `read_key` before writing (the delta rule).
-        backend: "auto", "reference" (the definition), "torch" (chunk form) or "cpu" (compiled token loop): the same function, up
-            to rounding.
+        backend: "auto", "reference" (the definition), "torch" (chunk form), "cpu" (compiled token loop) or "triton" (GPU
+            kernels): the same function, up to rounding.
         chunk_size: tokens a chunk at most; matters for speed only.
 
     Returns: o [B,T,H,V] in v's dtype, and the state after the last token [B,H,K,V] in the working dtype: the widest dtype of
@@ -83,6 +92,9 @@ def delta_rule(
     rows = read_key if erase else None
     if backend == "cpu":
         return cpu.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype)
+    if backend == "triton":
+        _check_working_dtype(dtype)
+        return triton.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype, min(chunk_size, 64))
     # One token, as in decoding, is one step of the loop: a third of the time of a chunk of one.
     if backend == "torch" and q.shape[1] != 1:
         return chunked.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, chunk_size, dtype)
@@ -123,6 +135,9 @@ def diagonal_scan(
     if goal is not None and log_decay is not None:
         u = u + (1 - log_decay.to(dtype).exp())[..., None] * goal[:, None]
     first = u.new_zeros(B, H, K, dtype=dtype) if initial is None else initial
+    if backend == "triton":
+        _check_working_dtype(dtype)
+        return triton.diagonal_scan(u, log_decay, first)
     if backend != "reference":
         return scans.diagonal_scan(u, log_decay, first, chunk_size, dtype)
     return reference.diagonal_scan(u.to(dtype), _to(log_decay, dtype), first.to(dtype))
@@ -172,6 +187,10 @@ def hypergradient_scan(
         every = chunk_size if clip == "chunk" else 1
         b, gamma = _to(aware, dtype), _to(log_decay, dtype)
         return reference.hypergradient_scan(s.to(dtype), eta.to(dtype), b, gamma, first.to(dtype), goal, edges, every)
+    if backend == "triton" and K <= triton.LONGEST_WIDTH:
+        _check_working_dtype(dtype)
+        every = chunk_size if clip == "chunk" else 1
+        return triton.hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, every)
     if backend == "cpu" and edges is not None and clip == "token":
         return cpu.clipped_hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, dtype)
     if edges is not None and clip == "token":
@@ -273,6 +292,13 @@ def gram_solve(
     first = q.new_zeros(B, H, K, K, dtype=dtype) if first is None else first
     with without_autocast(q.device):
         return reference.gram_solve(q.to(dtype), wide, weight, _to(log_decay, dtype), ridge.to(dtype), first)
+
+
+def _check_working_dtype(dtype: torch.dtype) -> None:
+    if dtype != torch.float32:
+        raise UserError(
+            f"backend: 'triton' works in float32, got {str(dtype).removeprefix('torch.')}. Valid: auto, reference, torch"
+        )
 
 
 def _anchor(anchor: Tensor | float | None, log_decay: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:

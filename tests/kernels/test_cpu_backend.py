@@ -160,10 +160,12 @@ def test_it_serves_what_is_worth_compiling() -> None:
     assert "cpu" in backends()
     assert resolve_backend("auto", "cpu", 64, 64) == "cpu"
     assert resolve_backend("auto", "cpu", 8, 64) == "torch"
-    assert resolve_backend("auto", "cpu", 512, 64) == "torch"
+    assert resolve_backend("auto", "cpu", 128, 64) == "torch"
     assert resolve_backend("auto", "cpu") == "torch"
     with pytest.raises(UserError, match="backend: 'cpu' cannot work on cuda. Valid there: auto, reference, torch"):
         resolve_backend("cpu", "cuda", 64, 64)
+    with pytest.raises(UserError, match="backend: 'triton' cannot work on cpu. Valid there: auto, reference, torch, cpu"):
+        resolve_backend("triton", "cpu", 64, 64)
 
 
 def test_the_loops_are_kept_on_disk(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""The scans of the online preconditioners behind autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import scan_diagonal as diagonal
+from . import scan_hypergradient as hypergradient
+from .scan_hypergradient import Box, Inputs
+
+
+def diagonal_scan(u: Tensor, log_decay: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _DiagonalScan.apply(  # type: ignore[no-untyped-call]
+        u.contiguous(), _contiguous(log_decay), initial.contiguous()
+    )
+    return result
+
+
+def hypergradient_scan(
+    s: Tensor,
+    step: Tensor,
+    aware: Tensor | None,
+    log_decay: Tensor | None,
+    initial: Tensor,
+    anchor: Tensor | None,
+    box: Box | None,
+    clip_every: int,
+) -> tuple[Tensor, Tensor]:
+    tensors = [_contiguous(x) for x in (s, step, aware, log_decay, initial, anchor)]
+    result: tuple[Tensor, Tensor] = _HypergradientScan.apply(*tensors, box, clip_every)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _given(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient.contiguous()
+
+
+class _DiagonalScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, g: Tensor | None, first: Tensor) -> tuple[Tensor, Tensor]:
+        A, last = diagonal.diagonal_scan(u, g, first)
+        ctx.save_for_backward(g, first, A)
+        ctx.dtype = u.dtype
+        ctx.set_materialize_grads(False)
+        return A, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dA: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, first, A = ctx.saved_tensors
+        du, dg, d_first = diagonal.diagonal_scan_adjoint(_given(dA, A), _given(d_last, first.float()), g, first, A)
+        return du.to(ctx.dtype), None if dg is None else dg.to(g.dtype), d_first.to(first.dtype)
+
+
+class _HypergradientScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, box, every = arguments
+        D, last = hypergradient.hypergradient_scan(Inputs(*tensors), box, every)
+        ctx.save_for_backward(*tensors, D)
+        ctx.box, ctx.every = box, every
+        ctx.set_materialize_grads(False)
+        return D, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dD: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, D = ctx.saved_tensors
+        x = Inputs(*tensors)
+        found = hypergradient.hypergradient_scan_adjoint(_given(dD, D), _given(d_last, x.first.float()), x, D, ctx.box, ctx.every)
+        gradients = [None if d is None else d.to(t.dtype) for d, t in zip(found, tensors, strict=True)]
+        return (*gradients, None, None)

@@ -1,0 +1,86 @@
+"""What the kernels share on the device: tiles of [B,T,H,D] tensors, and the exponential of a decay.
+
+Tokens after the last load as zeros, and so do columns after the last: such a token neither reads nor writes. Offsets are 64-bit
+because the head index that they start from is. Half-precision values become float32 before any arithmetic.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FLOOR = tl.constexpr(-110.0)
+"""log_decay from here down (-inf: a reset) is this in prefix sums: exp of it is exactly 0, and differences stay finite."""
+NO_GRADIENT = tl.constexpr(-87.0)
+"""A decay this small is 0 in float32 (or about to be): no gradient flows through it, as in the definition."""
+
+
+@triton.jit
+def head(axis: tl.constexpr, H: tl.constexpr):
+    """(batch, head) of this program, 64-bit."""
+    group = tl.program_id(axis).to(tl.int64)
+    return group // H, group % H
+
+
+@triton.jit
+def tile(x, b, h, t0, d0, T, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """x[b, t0 : t0 + ROWS, h, d0 : d0 + COLS] of a contiguous [B,T,H,D], as stored."""
+    t = t0 + tl.arange(0, ROWS)
+    d = d0 + tl.arange(0, COLS)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    return tl.load(x + ((b * T + t[:, None]) * H + h) * D + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(x, value, b, h, t0, d0, T, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    t = t0 + tl.arange(0, ROWS)
+    d = d0 + tl.arange(0, COLS)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    tl.store(x + ((b * T + t[:, None]) * H + h) * D + d[None, :], value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def column(x, b, h, t0, T, H: tl.constexpr, ROWS: tl.constexpr):
+    """x[b, t0 : t0 + ROWS, h] of a contiguous [B,T,H], in float32."""
+    t = t0 + tl.arange(0, ROWS)
+    return tl.load(x + (b * T + t) * H + h, mask=t < T, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row(x, b, h, t, d0, T, H: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr):
+    """x[b, t, h, d0 : d0 + COLS] in float32; t must be a token, and counts as the last one where it is beyond."""
+    d = d0 + tl.arange(0, COLS)
+    return tl.load(x + ((b * T + tl.minimum(t, T - 1)) * H + h) * D + d, mask=d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def state_tile(x, index, k0, v0, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """x[index, k0 : k0 + BK, v0 : v0 + BV] of a contiguous [.,K,V], as stored."""
+    k = k0 + tl.arange(0, BK)
+    v = v0 + tl.arange(0, BV)
+    inside = (k < K)[:, None] & (v < V)[None, :]
+    return tl.load(x + index * (K * V) + k[:, None] * V + v[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_state(x, value, index, k0, v0, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    k = k0 + tl.arange(0, BK)
+    v = v0 + tl.arange(0, BV)
+    inside = (k < K)[:, None] & (v < V)[None, :]
+    tl.store(x + index * (K * V) + k[:, None] * V + v[None, :], value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def square(x, index, i0, j0, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """x[index, i0 : i0 + ROWS, j0 : j0 + COLS] of a contiguous [.,C,C], as stored."""
+    i = i0 + tl.arange(0, ROWS)
+    j = j0 + tl.arange(0, COLS)
+    return tl.load(x + index * (C * C) + i[:, None] * C + j[None, :])
+
+
+@triton.jit
+def store_square(x, value, index, i0, j0, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    i = i0 + tl.arange(0, ROWS)
+    j = j0 + tl.arange(0, COLS)
+    tl.store(x + index * (C * C) + i[:, None] * C + j[None, :], value.to(x.dtype.element_ty))

@@ -1,0 +1,247 @@
+"""Runs every case in Triton's interpreter and prints one JSON object per case. Its own process: the interpreter is chosen when
+triton is imported, and another test may have imported it already.
+
+The truth is the token loop in float64. What error a tensor may have is not guessed: it is `FACTOR` times the error that the chunk
+form in torch makes in the same working precision, with the operands of every product rounded to half precision where the kernels
+round them, plus one rounding of the tensor itself, plus what a decay exp(G_i - G_j) loses because G is a rounded prefix sum: eps
+|G| (the torch form has none for a channel gate). Errors are relative, once in the Frobenius norm and once for the worst entry.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from cases import CASES, PLANTED, PLANTED_SCANS, SCANS, Case, Scan
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deltalab.kernels import chunked, reference
+from deltalab.kernels import triton as gpu
+from deltalab.kernels.triton import launch
+
+FACTOR = 4.0
+SCALE = 0.3
+NAMES = ("q", "read_key", "write_key", "v", "log_decay", "initial_state")
+
+
+class HalfProducts(TorchDispatchMode):
+    """Every product's operands, and every triangular solve's result, rounded to half precision; sums stay in float32."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        if name in ("bmm", "mm"):
+            args = tuple(_half(x) for x in args)
+        elif name in ("baddbmm", "baddbmm_", "addmm"):
+            args = (args[0], *(_half(x) for x in args[1:]))
+        result = function(*args, **kwargs)
+        if name == "linalg_solve_triangular":
+            result.copy_(_half(result))
+        return result
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.half().float()
+
+
+def inputs_of(case: Case) -> dict[str, Tensor | None]:
+    """Unit read keys, write keys that are not parallel to them; rounded to the case's dtype."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    B, T, H, K, V = case.B, case.T, case.H, case.K, case.V
+    read_key = normalize(torch.randn(B, T, H, K), dim=-1)
+    write_key = (torch.rand(B, T, H, 1) * read_key + 0.2 * torch.randn(B, T, H, K) / K**0.5).to(dtype)
+    shape = {"none": None, "scalar": (B, T, H), "channel": (B, T, H, K)}[case.gate]
+    decay = None if shape is None else -2 * torch.rand(shape) ** 3
+    if decay is not None and case.reset:
+        decay[:, 9] = -torch.inf
+        decay[:, 20] = -90.0
+    return {
+        "q": torch.randn(B, T, H, K).to(dtype),
+        "read_key": read_key.to(dtype) if case.erase else None,
+        "write_key": write_key,
+        "v": torch.randn(B, T, H, V).to(dtype),
+        "log_decay": decay,
+        "initial_state": torch.randn(B, H, K, V) if case.state else None,
+    }
+
+
+def results(
+    function: Callable[..., tuple[Tensor, Tensor]], given: dict[str, Tensor | None], gradients: bool
+) -> dict[str, Tensor]:
+    """Output, final state and, for one fixed random weighting of both, the gradient of every tensor."""
+    if not gradients:
+        with torch.no_grad():
+            o, last = function(**given)
+        return {"output": o, "final": last}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items() if x is not None}
+    o, last = function(**{**given, **leaves})
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (o.half(), last.float())]
+    found = torch.autograd.grad(
+        [o, last], list(leaves.values()), [w.to(x.dtype) for w, x in zip(weights, (o, last), strict=True)]
+    )
+    return {"output": o.detach(), "final": last.detach()} | {f"gradient of {n}": g for n, g in zip(leaves, found, strict=True)}
+
+
+def truth(**given: Tensor | None) -> tuple[Tensor, Tensor]:
+    wide = {name: None if x is None else x.double() for name, x in given.items()}
+    q, v = wide["q"], wide["v"]
+    assert q is not None and v is not None
+    first = wide.pop("initial_state")
+    if first is None:
+        first = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    return reference.delta_rule(**wide, state=first, scale=SCALE)  # type: ignore[arg-type]
+
+
+def same_formula(case: Case, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def run(**tensors: Any) -> tuple[Tensor, Tensor]:
+        return chunked.delta_rule(**tensors, scale=SCALE, chunk_size=case.chunk, dtype=torch.float32)
+
+    if case.dtype == "float32":
+        return results(run, given, case.gradients)
+    with HalfProducts():
+        return results(run, given, case.gradients)
+
+
+def kernels(case: Case, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    with poisoned(), planted(case.fault):
+        return results(lambda **tensors: gpu.delta_rule(**tensors, scale=SCALE, chunk_size=case.chunk), given, case.gradients)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory is NaN: what a kernel forgets to write, or reads before it is written, shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+    torch.empty = lambda *a, **k: empty(*a, **k).fill_(torch.nan)  # type: ignore[assignment]
+    torch.empty_like = lambda *a, **k: empty_like(*a, **k).fill_(torch.nan)
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like = empty, empty_like
+
+
+@contextmanager
+def planted(fault: str | None) -> Iterator[None]:
+    """Damages what one kernel wrote, right after its launch."""
+    run = launch.run
+
+    def faulty(kernel: Any, grid: Any, arguments: dict[str, Any], *more: Any, **options: Any) -> None:
+        run(kernel, grid, arguments, *more, **options)
+        name, C = kernel.__name__, arguments.get("C", 1)
+        if fault == "decay off by one row" and name == "prefix_kernel":
+            arguments["G"][:, 1:] = arguments["G"][:, :-1].clone()
+        elif fault == "diagonal included in M" and name.startswith("pairs_"):
+            arguments["M"].diagonal(dim1=-2, dim2=-1).add_(arguments["A"].diagonal(dim1=-2, dim2=-1))
+        elif fault == "inverse wrong by 1e-4" and name == "inverse_kernel":
+            arguments["inverse"].tril_(-1).mul_(1 + 1e-4).add_(torch.eye(C))
+        elif fault == "states one chunk late" and name == "states_kernel":
+            arguments["S_all"][:, 1:] = arguments["S_all"][:, :-1].clone()
+        elif fault == "last token left out" and name == "outputs_kernel":
+            arguments["O"][:, -1] = 0
+        elif fault == "decay gradient without the state's part" and name == "states_kernel":
+            arguments["S_all"][:, -1] = 0
+
+    launch.run = faulty
+    try:
+        yield
+    finally:
+        launch.run = run
+
+
+def errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    difference, exact = found.double() - exact, exact.double()
+    whole, worst = exact.norm().clamp(min=1e-300), exact.abs().max().clamp(min=1e-300)
+    return float(difference.norm() / whole), float(difference.abs().max() / worst)
+
+
+def longest_prefix(case: Case, log_decay: Tensor | None) -> float:
+    """The largest |G| of any chunk."""
+    if log_decay is None:
+        return 0.0
+    chunks = log_decay.clamp(min=-110).split(case.chunk, dim=1)
+    return max(float(chunk.cumsum(1).abs().max()) for chunk in chunks)
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """Per tensor: the errors, and what they may be."""
+    given = inputs_of(case)
+    exact, oracle, found = results(truth, given, case.gradients), same_formula(case, given), kernels(case, given)
+    prefix = torch.finfo(torch.float32).eps * longest_prefix(case, given["log_decay"])
+    return judged(found, exact, oracle, prefix)
+
+
+def judged(
+    found: dict[str, Tensor], exact: dict[str, Tensor], oracle: dict[str, Tensor], prefix: float
+) -> dict[str, dict[str, Any]]:
+    assert found.keys() == exact.keys() == oracle.keys()
+    table = {}
+    for name, value in found.items():
+        assert value.shape == exact[name].shape and value.dtype == oracle[name].dtype, (name, value.dtype)
+        unit = torch.finfo(value.dtype).eps
+        allowed = [FACTOR * error + unit + prefix for error in errors(oracle[name], exact[name])]
+        error = errors(value, exact[name])
+        table[name] = {"error": error, "allowed": allowed, "ok": all(e <= a for e, a in zip(error, allowed, strict=True))}
+    return table
+
+
+def compare_scan(case: Scan) -> dict[str, Any]:
+    """As `compare`; the same formula in the working precision is the definition in float32."""
+    torch.manual_seed(0)
+    B, T, H, K = 1, case.T, 2, case.K
+    decay = -(torch.rand(B, T, H) ** 3) if case.gate else None
+    if decay is not None and case.reset:
+        decay[:, 9] = -torch.inf
+    if case.kind == "diagonal":
+        given = {"u": torch.rand(B, T, H, K), "log_decay": decay, "initial": torch.rand(B, H, K)}
+        options: dict[str, Any] = {}
+        define, run = reference.diagonal_scan, gpu.diagonal_scan
+    else:
+        # Bounded away from 0: a step below the rounding of d would end on the box's edge in one precision and beyond in another.
+        given = {
+            "s": normalize(0.3 + torch.rand(B, T, H, K), dim=-1).square(),
+            "step": 0.2 + torch.rand(B, T, H),
+            "aware": 0.2 + 0.8 * torch.rand(B, T, H) if case.aware else None,
+            "log_decay": decay,
+            # Away from 1, the rest point, where 1 - <d, s> has no digits left; within reach of the box where there is one.
+            "initial": (1.0 if case.box else 0.5) + 0.1 * torch.randn(B, H, K),
+            "anchor": torch.ones(B, H, K) if case.anchor else None,
+        }
+        options = {"box": case.box, "clip_every": case.every}
+        define, run = reference.hypergradient_scan, gpu.hypergradient_scan
+    wide = {name: None if x is None else x.double() for name, x in given.items()}
+    exact = results(lambda **x: define(**x, **options), wide, True)
+    oracle = results(lambda **x: define(**x, **options), given, True)
+    if case.fault == "box a little wider":
+        options["box"] = (case.box[0] - 1e-4, case.box[1] + 1e-4) if case.box else None
+    with poisoned():
+        found = results(lambda **x: run(**x, **options), given, True)
+    if case.fault == "gradient one row late":
+        found["gradient of u"] = found["gradient of u"].roll(1, dims=1)
+    chunked_decay = Case("scalar", True, "float32", chunk=32)
+    prefix = torch.finfo(torch.float32).eps * (longest_prefix(chunked_decay, decay) if case.kind == "diagonal" else 0.0)
+    return judged(found, exact, oracle, prefix)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    wanted = sys.argv[1:]
+    for case in [*CASES, *PLANTED, *SCANS, *PLANTED_SCANS]:
+        if wanted and not any(word in case.name for word in wanted):
+            continue
+        began = time.perf_counter()
+        table = compare(case) if isinstance(case, Case) else compare_scan(case)
+        print(json.dumps({"case": case.name, "seconds": round(time.perf_counter() - began, 2), "tensors": table}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
