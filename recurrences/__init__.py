@@ -4,6 +4,7 @@ from .attention import SoftmaxAttention
 from .component import (
     AXES,
     Choice,
+    Chosen,
     Component,
     Erase,
     Feedback,
@@ -22,15 +23,14 @@ from .language_model import LanguageModel
 from .layers import Projection
 from .mixer import Mixer, MixerState, RecurrentMixer
 from .multipliers import Multiplier, Multiplies
+from .settings import Block, QueryKey
 from .signals import Forget, GateOutput, Preconditioned, Step, Told, wide
 from .spec import (
     About,
     AttentionSpec,
-    Block,
     HybridSpec,
     LayerSpec,
     MixerSpec,
-    QueryKey,
     RecurrenceSpec,
     layers_of,
     spec_from_mapping,
@@ -43,6 +43,7 @@ __all__ = [
     "AttentionSpec",
     "Block",
     "Choice",
+    "Chosen",
     "Component",
     "Erase",
     "Feedback",

@@ -16,17 +16,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from ..errors import UserError, shown, unknown
 from ..strict import build, join, plain
 from . import plugins
+from .settings import QueryKey
 from .signals import Forget, GateOutput, Preconditioned, Step, Told
-
-if TYPE_CHECKING:
-    from .spec import RecurrenceSpec
 
 AXES = ("gate", "step_size", "preconditioner", "forgetting", "erase", "value_gain", "feedback")
 DEFAULTS = {
@@ -58,6 +56,41 @@ class HeadShape:
     value: int
 
 
+class Chosen(Protocol):
+    """What a component may ask of the recurrence that it stands in (`conflict`, `cautions`): the choices beside it, and what
+    follows from them. `RecurrenceSpec` is one."""
+
+    @property
+    def gate(self) -> Choice: ...
+    @property
+    def step_size(self) -> Choice: ...
+    @property
+    def preconditioner(self) -> Choice: ...
+    @property
+    def forgetting(self) -> Choice: ...
+    @property
+    def erase(self) -> Choice: ...
+    @property
+    def value_gain(self) -> Choice: ...
+    @property
+    def feedback(self) -> Choice: ...
+    @property
+    def substeps(self) -> int: ...
+    @property
+    def qk(self) -> QueryKey: ...
+    @property
+    def erases(self) -> bool:
+        """True where the memory is read with the key before it is written."""
+
+    @property
+    def unit_keys(self) -> bool:
+        """True where the keys that reach preconditioner and kernel have norm <= 1."""
+
+    @property
+    def limits_step(self) -> bool:
+        """True where the preconditioner keeps a write stable, whatever beta and the key are."""
+
+
 class Component(nn.Module):
     """One choice on one axis. Parameters of a component are never decayed (recurrences.md, section 2).
 
@@ -82,12 +115,12 @@ class Component(nn.Module):
         return (cls.__doc__ or "").strip().splitlines()[0]
 
     @classmethod
-    def conflict(cls, config: Any, spec: RecurrenceSpec) -> str | None:
+    def conflict(cls, config: Any, spec: Chosen) -> str | None:
         """Why this choice cannot stand beside the spec's other choices, and what would; None where it can."""
         return None
 
     @classmethod
-    def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+    def cautions(cls, config: Any, spec: Chosen) -> list[str]:
         """What a user should know before trusting a run: options without effect, steps outside their stable range."""
         return []
 
@@ -125,7 +158,7 @@ class StepSize(Component):
         return 1.0
 
     @classmethod
-    def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+    def cautions(cls, config: Any, spec: Chosen) -> list[str]:
         largest = cls.largest(config)
         if not spec.erases or spec.limits_step or largest <= STABLE:
             return []

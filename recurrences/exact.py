@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels import gram_solve, inverse_gram_scan
 from ..strict import option
-from .component import HeadShape, Preconditioner, component
+from .component import Chosen, HeadShape, Preconditioner, component
 from .multipliers import Controls, inverse_softplus, permutation, too_long
 from .signals import Preconditioned, Told, wide
-
-if TYPE_CHECKING:
-    from .spec import RecurrenceSpec
 
 SMALLEST_SQUARE = 1e-12
 Inverse = Callable[[Tensor], Tensor]
@@ -64,13 +61,13 @@ class Exact(Preconditioner):
         self.ridge.fill_(inverse_softplus(self.config.ridge - self.config.floor))
 
     @classmethod
-    def conflict(cls, config: Any, spec: RecurrenceSpec) -> str | None:
+    def conflict(cls, config: Any, spec: Chosen) -> str | None:
         if getattr(spec.forgetting.config, "anchor", "zero") != "zero":
             return "the exact inverse can forget towards zero only. Set forgetting.anchor: zero"
         return None
 
     @classmethod
-    def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+    def cautions(cls, config: Any, spec: Chosen) -> list[str]:
         found = too_long(config, spec, 0.0, lambda *_: "")
         if config.side != "query" and spec.gate.name != "none":
             why = "the write side is a heuristic: the exact solution does not decay the state"

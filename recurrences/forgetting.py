@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..strict import option
-from .component import Forgetting, Gate, HeadShape, component
+from .component import Chosen, Forgetting, Gate, HeadShape, component
 from .gates import DecayLaw, HeadDecay
 from .layers import Projection
 from .signals import Anchor, Forget, wide
-
-if TYPE_CHECKING:
-    from .spec import RecurrenceSpec
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ class TiedForgetting(Forgetting):
     Config = Anchored  # type: ignore[assignment]
 
     @classmethod
-    def conflict(cls, config: Any, spec: RecurrenceSpec) -> str | None:
+    def conflict(cls, config: Any, spec: Chosen) -> str | None:
         if spec.gate.name == "none":
             return "'tied' forgets as the state does, but gate: none never forgets. Set a gate, or another forgetting"
         if cast(type[Gate], spec.gate.component).per_channel:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..strict import check_ascending, option
-from .component import Component, Gate, HeadShape, StepSize, component
+from .component import Chosen, Component, Gate, HeadShape, StepSize, component
 from .layers import Projection
 from .signals import GateOutput, Step, wide
-
-if TYPE_CHECKING:
-    from .spec import RecurrenceSpec
 
 DT_FLOOR = 1e-4
 LARGEST_A_LOG = 64.0
@@ -206,7 +203,7 @@ class TiedGate(Gate):
     """
 
     @classmethod
-    def conflict(cls, config: Any, spec: RecurrenceSpec) -> str | None:
+    def conflict(cls, config: Any, spec: Chosen) -> str | None:
         step = cast(type[StepSize], spec.step_size.component)
         if spec.step_size.name == "one":
             return "with step_size: one the tied gate would be 0 at every token; choose another step size"

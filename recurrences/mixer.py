@@ -21,8 +21,9 @@ from .component import Component, HeadShape
 from .forgetting import NoForgetting
 from .initialise import initialise
 from .layers import Projection, RMSNorm, ShortConvolution, activate, l2_normalise
+from .settings import Block
 from .signals import Forget, GateOutput, Step, Told, wide
-from .spec import Block, LayerSpec, RecurrenceSpec
+from .spec import LayerSpec, RecurrenceSpec
 
 
 @dataclass

@@ -11,18 +11,15 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..strict import option
-from .component import STABLE, Preconditioner, StepSize
+from .component import STABLE, Chosen, Preconditioner, StepSize
 from .signals import Preconditioned, Told
-
-if TYPE_CHECKING:
-    from .spec import RecurrenceSpec
 
 SMALLEST_CURVATURE = 1e-6
 Control = Literal["none", "mean", "shuffle", "constant"]
@@ -93,7 +90,7 @@ class Multiplier(Preconditioner):
         return bool(config.normalise != "none" and config.side != "query")
 
     @classmethod
-    def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+    def cautions(cls, config: Any, spec: Chosen) -> list[str]:
         return too_long(config, spec, cls.largest(config), cls.remedy) if config.normalise == "none" else []
 
     def forward(self, told: Told, statistic: Tensor | None) -> Preconditioned:
@@ -129,7 +126,7 @@ class Multiplier(Preconditioner):
         return m / (gamma + beta * along).clamp(min=SMALLEST_CURVATURE)
 
 
-def too_long(config: Any, spec: RecurrenceSpec, largest: float, remedy: Callable[[Any, float], str]) -> list[str]:
+def too_long(config: Any, spec: Chosen, largest: float, remedy: Callable[[Any, float], str]) -> list[str]:
     """The caution of a multiplier whose `largest` value can make a write longer than an erase bears."""
     beta = largest_step(spec)
     if config.control == "constant":
@@ -146,6 +143,6 @@ def too_long(config: Any, spec: RecurrenceSpec, largest: float, remedy: Callable
     ]
 
 
-def largest_step(spec: RecurrenceSpec) -> float:
+def largest_step(spec: Chosen) -> float:
     """The largest beta |k|^2 of a spec's step size."""
     return cast(type[StepSize], spec.step_size.component).largest(spec.step_size.config)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,9 @@ from torch import Tensor, nn
 
 from ..kernels import diagonal_scan, hypergradient_scan
 from ..strict import check_ascending, option
-from .component import STABLE, Forgetting, HeadShape, Preconditioner, component
+from .component import STABLE, Chosen, Forgetting, HeadShape, Preconditioner, component
 from .multipliers import SMALLEST_CURVATURE, Multiplier, Multiplies, Normaliser, inverse_softplus, largest_step
 from .signals import Forget, Preconditioned, Told, wide
-
-if TYPE_CHECKING:
-    from .spec import RecurrenceSpec
 
 
 @component("preconditioner", "none")
@@ -101,7 +98,7 @@ class Diagonal(_Accumulating):
         return "squash: softsign or tanh, or normalise: regularised" if config.squash == "none" else f"x <= {STABLE / beta:g}"
 
     @classmethod
-    def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+    def cautions(cls, config: Any, spec: Chosen) -> list[str]:
         found = super().cautions(config, spec)
         if config.squash == "none" and config.interval != "symmetric":
             found.append(f"interval: {config.interval} has no effect with squash: none")
@@ -189,7 +186,7 @@ class MovingAverage(_Accumulating):
         return 1 / float(config.eps)
 
     @classmethod
-    def conflict(cls, config: Any, spec: RecurrenceSpec) -> str | None:
+    def conflict(cls, config: Any, spec: Chosen) -> str | None:
         if spec.forgetting.name == "none":
             return "an average needs a forgetting, but forgetting: none never forgets. Set forgetting: constant, learned or token"
         if getattr(spec.forgetting.config, "anchor", "zero") != "zero":
@@ -270,7 +267,7 @@ class Hypergradient(Multiplier):
         return f"a box, and an initial d, of at most {STABLE / beta:g}"
 
     @classmethod
-    def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+    def cautions(cls, config: Any, spec: Chosen) -> list[str]:
         found = super().cautions(config, spec) + cls._eta_too_large(config, spec)
         low, high = config.box
         if config.clip != "none" and not low <= config.initial <= high:
@@ -287,7 +284,7 @@ class Hypergradient(Multiplier):
         return found
 
     @classmethod
-    def _eta_too_large(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+    def _eta_too_large(cls, config: Any, spec: Chosen) -> list[str]:
         beta = largest_step(spec) if config.aware else 1.0
         gamma = cast(type[Forgetting], spec.forgetting.component).smallest(spec.forgetting.config)
         if not config.eta or config.eta * beta**2 <= 1 + gamma:

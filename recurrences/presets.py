@@ -13,7 +13,8 @@ from typing import Any, Literal
 from ..errors import UserError, unknown
 from ..strict import build, item, join, option
 from .language_model import LanguageModel
-from .spec import Block, MixerSpec
+from .settings import Block
+from .spec import MixerSpec
 
 AUTO, NO_VARIATION = "auto", "none"
 

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..strict import check_ascending, option
-from .component import Gate, HeadShape, StepSize, component
+from .component import Chosen, Gate, HeadShape, StepSize, component
 from .layers import Projection
 from .signals import GateOutput, Step, wide
-
-if TYPE_CHECKING:
-    from .spec import RecurrenceSpec
 
 
 @component("step_size", "one")
@@ -66,7 +63,7 @@ class TimeStep(StepSize):
         return math.inf
 
     @classmethod
-    def conflict(cls, config: Any, spec: RecurrenceSpec) -> str | None:
+    def conflict(cls, config: Any, spec: Chosen) -> str | None:
         if cast(type[Gate], spec.gate.component).has_dt:
             return None
         return (
@@ -195,7 +192,7 @@ class KaczmarzLearned(StepSize):
         return math.inf
 
     @classmethod
-    def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+    def cautions(cls, config: Any, spec: Chosen) -> list[str]:
         if spec.erases and spec.qk.normalise_k == "none" and not spec.limits_step:
             return ["kaczmarz_learned with raw keys is unstable where softplus(c) |k|^4 > 2; set qk.normalise_k: l2"]
         return super().cautions(config, spec)
@@ -232,7 +229,7 @@ class Longhorn(_Learned):
         return 1.0  # beta |k|^2 = b |k|^2 / (1 + b |k|^2)
 
     @classmethod
-    def conflict(cls, config: Any, spec: RecurrenceSpec) -> str | None:
+    def conflict(cls, config: Any, spec: Chosen) -> str | None:
         if config.own_gate and spec.gate.name != "none":
             return (
                 f"'longhorn' sets the gate itself (1 - beta k^2 per channel), but the gate is {spec.gate.name!r}. "
@@ -241,7 +238,7 @@ class Longhorn(_Learned):
         return None
 
     @classmethod
-    def cautions(cls, config: Any, spec: RecurrenceSpec) -> list[str]:
+    def cautions(cls, config: Any, spec: Chosen) -> list[str]:
         if config.own_gate and spec.erases:
             return ["longhorn forgets 1 - beta k^2 AND erases: use erase: none (Longhorn), or own_gate: false (the exact step)"]
         return super().cautions(config, spec)
