@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ...recurrences import MixerSpec
     from ..tracking import StudyRow
 
-KINDS = ("recurrences", "components", "tasks", "studies")
+KINDS = ("recurrences", "components", "presets", "tasks", "studies")
 COLUMNS = 100
 """Width of what is printed into a file or a pipe."""
 
@@ -29,14 +29,12 @@ def register(app: typer.Typer) -> None:
 
 
 def list_things(
-    kind: Annotated[
-        str | None, typer.Argument(metavar="[recurrences|components|tasks|studies]", help="What to list; default: all.")
-    ] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=f"{' | '.join(KINDS)}; default: all.")] = None,
     root: Root = None,
     registry: Registry = None,
     modules: Import = None,
 ) -> None:
-    """List recurrences, components, tasks and studies: the shipped ones, one's own, and the studies under the data root.
+    """List recurrences, components, model presets, tasks and studies: shipped ones, one's own, and what was run under the root.
 
     Examples:
 
@@ -132,6 +130,13 @@ def _components() -> list[tuple[str, ...]]:
     return rows
 
 
+def _presets() -> list[tuple[str, ...]]:
+    from ...registry import presets
+
+    found = [presets.load(name) for name in presets.names()]
+    return [(preset.name, preset.title, f"cards: {', '.join(preset.cards)}") for preset in found]
+
+
 def _tasks() -> list[tuple[str, ...]]:
     from ..tasks import task_class, task_names
 
@@ -164,11 +169,11 @@ def _ledger_studies(root: str | None) -> list[StudyRow]:
         return []
 
 
-_ROWS = {"components": _components, "tasks": _tasks, "studies": _studies}
+_ROWS = {"components": _components, "presets": _presets, "tasks": _tasks, "studies": _studies}
 
 
 def describe(
-    name: Annotated[str, typer.Argument(help="A recurrence (name, YAML file or pattern), component, task or study.")],
+    name: Annotated[str, typer.Argument(help="A recurrence (name, YAML file or pattern), component, preset, task or study.")],
     against: Annotated[str | None, typer.Option("--against", metavar="CARD", help="Show in what the recurrence differs.")] = None,
     width: Annotated[int, typer.Option("--width", min=1, max=65536, help="Model width that sizes are counted for.")] = 1024,
     heads: Annotated[int, typer.Option("--heads", min=1, max=4096, help="Heads that sizes are counted for.")] = 8,
@@ -176,7 +181,7 @@ def describe(
     registry: Registry = None,
     modules: Import = None,
 ) -> None:
-    """Explain one recurrence, component, task or study: equation, source, parameters, cost, settings, caveats.
+    """Explain one recurrence, component, preset, task or study: equation, source, parameters, cost, settings, caveats.
 
     A study may also be one that was run under the data root: its latest launch is shown.
 
@@ -195,6 +200,8 @@ def describe(
       deltalab describe hypergradient                    a component's options
 
       deltalab describe gate:tied                        of one axis alone
+
+      deltalab describe pdn-1b                           a published model's shape and size
 
       deltalab describe mqar
     """
@@ -240,12 +247,18 @@ def _describe_components(name: str, before: int, size: tuple[int, int], root: st
 
 
 def _describe_rest(name: str, before: int, size: tuple[int, int], root: str | None, out: Console) -> int:
-    """A task, a shipped study, a study that was run here; how many there are."""
+    """A preset, a task, a shipped study, a study that was run here; how many there are."""
+    from ...registry import presets
     from ..config import study_names
     from ..tasks import task_class, task_names
     from .describe_study import describe_launch, describe_study, describe_task
 
     found = 0
+    if name in presets.aliases():
+        from .describe_preset import describe_preset
+
+        describe_preset(presets.load(name), out)
+        found += 1
     if name in task_names():
         describe_task(task_class(name), out)
         found += 1
@@ -261,13 +274,15 @@ def _describe_rest(name: str, before: int, size: tuple[int, int], root: str | No
 def _unknown_name(name: str, root: str | None) -> UserError:
     """What could have been meant; and what is broken, since it may be just that."""
     from ...recurrences import AXES, components, plugins
+    from ...registry import presets
     from ...registry.sources import sources
     from ..config import study_names
     from ..tasks import task_names
 
     cards = sources()
     run_here = [row.study for row in _ledger_studies(root)]
-    everything = [*cards.cards, *(n for axis in AXES for n in components(axis)), *task_names(), *study_names(), *run_here]
+    named = [n for axis in AXES for n in components(axis)]
+    everything = [*cards.cards, *named, *presets.aliases(), *task_names(), *study_names(), *run_here]
     error = unknown("name", name, set(everything))
     problems = [*cards.problems, *plugins.attempt()]
     return UserError("\n".join([str(error), *(f"broken: {problem}" for problem in problems)])) if problems else error

@@ -22,7 +22,7 @@ from ...recurrences.presets import Preset
 from ...strict import build
 from ..loader import load as load_card
 
-__all__ = ["Preset", "language_model", "load", "names"]
+__all__ = ["Preset", "aliases", "language_model", "load", "names"]
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -44,8 +44,8 @@ def _shipped() -> dict[str, Preset]:
 
 
 @functools.cache
-def _aliases() -> dict[str, str]:
-    """Every name and alias -> name."""
+def aliases() -> dict[str, str]:
+    """Every name by which a shipped preset can be loaded -> its own name."""
     pairs = [(alias, name) for name, preset in sorted(_shipped().items()) for alias in (name, *preset.aliases)]
     assert len(dict(pairs)) == len(pairs), "two presets of one name"
     return dict(pairs)
@@ -62,10 +62,10 @@ def load(preset: str | os.PathLike[str] | Preset, path: str = "preset") -> Prese
         except UserError as error:
             raise UserError(f"{path}: in the preset {file!r}, {error}") from error
     if not isinstance(preset, str):
-        raise UserError(f"{path}: {shown(preset)} is no name of a preset; valid: {', '.join(_aliases())}, or a YAML file")
-    if preset not in _aliases():
-        raise unknown("preset", preset, _aliases(), path)
-    return _shipped()[_aliases()[preset]]
+        raise UserError(f"{path}: {shown(preset)} is no name of a preset; valid: {', '.join(aliases())}, or a YAML file")
+    if preset not in aliases():
+        raise unknown("preset", preset, aliases(), path)
+    return _shipped()[aliases()[preset]]
 
 
 def _preset(content: object, path: str) -> Preset:

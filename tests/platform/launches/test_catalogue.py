@@ -115,6 +115,15 @@ def test_describe_against(cli: Any) -> None:
     assert code == 2 and "--against: unknown recurrence 'gnd'. Did you mean 'gdn'?" in err
 
 
+def test_presets_are_listed_and_described_by_alias_with_their_counts(cli: Any) -> None:
+    code, out, _ = cli("list", "presets")
+    assert code == 0 and "pdn-1b" in out
+    said = " ".join(cli("describe", "340m")[1].split())
+    for words in ("osdn-340m", "deltanet 374,362,112 374,362,112", "gdn 379,888,124 379.9M layers 21", "width 1024"):
+        assert words in said
+    assert "Did you mean 'pdn-1b'?" in cli("describe", "pdn1b")[2]
+
+
 def test_describe_a_component(cli: Any) -> None:
     code, out, _ = cli("describe", "hypergradient")
     assert code == 0 and "d_{t+1} = clip(" in out
