@@ -17,6 +17,8 @@ from .checks import (
 from .precision import without_autocast, working_dtype
 
 _BACKENDS = ("reference", "torch", "cpu", "triton")
+_WORTH_A_LOOP = 1 << 20
+"""Numbers of all states together from which the compiled loop is faster for a single token."""
 
 
 def backends() -> tuple[str, ...]:
@@ -90,13 +92,15 @@ def delta_rule(
     dtype = working_dtype(q, log_decay, initial_state)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rows = read_key if erase else None
-    if backend == "cpu":
+    # One token of a small batch, as in decoding, is one step of the definition: less than the calls around a compiled loop, and a
+    # third of the time of a chunk of one.
+    single = q.shape[1] == 1
+    if backend == "cpu" and not (single and q.numel() * v.shape[-1] < _WORTH_A_LOOP):
         return cpu.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype)
     if backend == "triton":
         _check_working_dtype(dtype)
         return triton.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype, min(chunk_size, 64))
-    # One token, as in decoding, is one step of the loop: a third of the time of a chunk of one.
-    if backend == "torch" and q.shape[1] != 1:
+    if backend == "torch" and not single:
         return chunked.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, chunk_size, dtype)
     B, _, H, K = q.shape
     state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if initial_state is None else initial_state.to(dtype)

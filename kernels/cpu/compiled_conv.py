@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from .compiled import FASTMATH
-
 Compiled = Callable[..., None]
+# Contracted, but never added up in another order: the same bits from vector code and from what is left over at its end.
+IN_ORDER = {"contract", "arcp", "nsz"}
 
 
 @functools.cache
 def forward_conv() -> Compiled:
     """Fills z [B,T,C]."""
 
-    @njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)
+    @njit(parallel=True, fastmath=IN_ORDER, error_model="numpy", cache=True)
     def forward(x: Any, w: Any, z: Any) -> None:
         B, T, C = z.shape
         W, lead = w.shape[0], x.shape[1] - T
@@ -43,12 +43,12 @@ def forward_conv() -> Compiled:
 def backward_conv() -> Compiled:
     """Fills dx [B,P,C] and dw [parts,W,C], whose parts, each of some sequences, are still to be summed."""
 
-    @njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)
+    @njit(parallel=True, fastmath=IN_ORDER, error_model="numpy", cache=True)
     def backward(x: Any, w: Any, dz: Any, dx: Any, dw: Any) -> None:
         B, T, C = dz.shape
         W, lead, parts = w.shape[0], x.shape[1] - T, dw.shape[0]
         for part in prange(parts):
-            sums = np.zeros((W, C), x.dtype)
+            sums = np.zeros((W + 1, C), x.dtype)
             for b in range(part * B // parts, (part + 1) * B // parts):
                 for s in range(lead + T):
                     for c in range(C):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from .compiled import FASTMATH
+from .compiled import FASTMATH, GAP
 
 Compiled = Callable[..., None]
 
@@ -30,14 +30,15 @@ def forward_scan() -> Compiled:
         zero = s.dtype.type(0)
         for index in prange(B * H):
             b, h = index // H, index % H
-            d = np.empty(K, s.dtype)
+            d = np.empty(K + GAP, s.dtype)
             for k in range(K):
                 d[k] = first[b, h, k]
             for t in range(T):
                 r = zero
+                for k in range(K):  # alone: a sum beside a store might be added up in another order (compiled.py)
+                    r += d[k] * s[b, t, h, k]
                 for k in range(K):
                     out[b, t, h, k] = d[k]
-                    r += d[k] * s[b, t, h, k]
                 gain = c[b, t, h] - cb[b, t, h] * r
                 keep = gamma[b, t, h] if gamma.shape[1] > 0 else zero + 1
                 for k in range(K):
@@ -61,7 +62,7 @@ def backward_scan() -> Compiled:
         zero = s.dtype.type(0)
         for index in prange(B * H):
             b, h = index // H, index % H
-            mu = np.empty(K, s.dtype)
+            mu = np.empty(K + GAP, s.dtype)
             for k in range(K):
                 mu[k] = leaving[b, h, k]
             for t in range(T - 1, -1, -1):
@@ -70,7 +71,8 @@ def backward_scan() -> Compiled:
                     x = mu[k] if inside[b, t, h, k] else zero
                     mu[k] = x
                     adjoint[b, t, h, k] = x
-                    pull += x * s[b, t, h, k]
+                for k in range(K):
+                    pull += mu[k] * s[b, t, h, k]
                 pull *= cb[b, t, h]
                 keep = gamma[b, t, h] if gamma.shape[1] > 0 else zero + 1
                 for k in range(K):

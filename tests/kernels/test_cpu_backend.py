@@ -134,6 +134,28 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True) if one is not None)
 
 
+def test_the_same_bits_wherever_arrays_lie(tmp_path: Path) -> None:
+    """Vector code is guarded by a test that arrays do not overlap; the version behind it adds up in another order. In a process
+    whose memory is filled with other bytes, the first call once took it."""
+    code = (
+        "import torch; from deltalab.kernels import delta_rule\n"
+        "generator = torch.Generator().manual_seed(0); f = lambda *s: torch.randn(*s, generator=generator)\n"
+        "given = [f(8, 40, 2, 16) for _ in range(4)]; upstream = f(8, 40, 2, 16); found = []; hold = []\n"
+        "for i in range(40):\n"
+        "    leaves = [x.clone().requires_grad_() for x in given]\n"
+        "    leaves[1].data = torch.nn.functional.normalize(leaves[1].data, dim=-1)\n"
+        "    o, _ = delta_rule(*leaves, backend='cpu'); o.backward(upstream)\n"
+        "    found.append([o.detach(), *[x.grad for x in leaves]]); hold.append(torch.empty(17 * i + 1))\n"
+        "print(all(torch.equal(a, b) for other in found for a, b in zip(found[0], other)))"
+    )
+    for byte in ("0", "65", "165"):
+        environment = {"MALLOC_PERTURB_": byte, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+        )
+        assert done.stdout.strip() == "True"
+
+
 @pytest.mark.parametrize("box", [(0.0, float("inf")), (0.6, 1.4)])
 @pytest.mark.parametrize("forgets", [False, True])
 def test_the_clipped_scan_is_the_definition(box: tuple[float, float], forgets: bool) -> None:

@@ -358,7 +358,7 @@ def run(job: Job) -> tuple[Outcome, list[tuple[str, int, float]]]:
 def test_a_trial_measures_what_it_should(tmp_path: Path) -> None:
     outcome, points = run(job_of(tmp_path))
     assert outcome.status == "finished" and outcome.error is None
-    assert outcome.context["backend"] == "torch" and outcome.context["warning"] == ""
+    assert outcome.context["backend"] == "cpu" and outcome.context["warning"] == ""
     assert outcome.measurements["model/parameters"] == model_of("gdn").parameter_count()
     assert outcome.measurements["model/state_bytes"] == model_of("gdn").state_bytes(16)
     assert outcome.measurements["memory/peak_bytes"] > 1e6
@@ -396,7 +396,7 @@ def test_a_damaged_result_is_run_again(tmp_path: Path, damage: str) -> None:
 def test_a_diverged_trial_is_a_result(tmp_path: Path) -> None:
     outcome, _ = run(job_of(tmp_path, lr=1e30))
     assert outcome.status == "diverged" and outcome.error is not None and "loss" in outcome.error
-    assert outcome.context["backend"] == "torch" and "test/loss" not in outcome.measurements
+    assert outcome.context["backend"] == "cpu" and "test/loss" not in outcome.measurements
     assert outcome.measurements["model/parameters"] > 0
     (tmp_path / "abc" / "checkpoint.pt").unlink(missing_ok=True)
     assert run(job_of(tmp_path, lr=1e30))[0] == outcome
