@@ -40,9 +40,14 @@ def launch(name: str, key: tuple[object, ...], work: int) -> Iterator[None]:
 def _threads(work: int) -> Iterator[None]:
     import numba
 
-    wanted = torch.get_num_threads() if work >= _WORTH_A_THREAD else 1
+    threads = torch.get_num_threads()
+    wanted = threads if work >= _WORTH_A_THREAD else 1
     before = numba.get_num_threads()  # a number per calling thread: autograd's is another one
     numba.set_num_threads(max(1, min(wanted, numba.config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
+    # Numba's first launch in a process sets OpenMP's number of threads, which is torch's as well: one core per trial would become
+    # all of them, several times as slow beside other trials, and other sums.
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     try:
         yield
     finally:

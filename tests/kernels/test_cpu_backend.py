@@ -134,6 +134,17 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True) if one is not None)
 
 
+def test_torch_keeps_its_number_of_threads(tmp_path: Path) -> None:
+    """Numba's first launch in a process sets OpenMP's, which is torch's too."""
+    code = (
+        "import torch; torch.set_num_threads(1); from deltalab.kernels import delta_rule\n"
+        "x = torch.ones(1, 3, 1, 16, requires_grad=True); o, _ = delta_rule(x, x, x, x, backend='cpu'); print(torch.get_num_threads())\n"
+        "o.sum().backward(); print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split() == ["1", "1"]
+
+
 def test_the_same_bits_wherever_arrays_lie(tmp_path: Path) -> None:
     """Vector code is guarded by a test that arrays do not overlap; the version behind it adds up in another order. In a process
     whose memory is filled with other bytes, the first call once took it."""
