@@ -138,7 +138,8 @@ def test_torch_keeps_its_number_of_threads(tmp_path: Path) -> None:
     """Numba's first launch in a process sets OpenMP's, which is torch's too."""
     code = (
         "import torch; torch.set_num_threads(1); from deltalab.kernels import delta_rule\n"
-        "x = torch.ones(1, 3, 1, 16, requires_grad=True); o, _ = delta_rule(x, x, x, x, backend='cpu'); print(torch.get_num_threads())\n"
+        "x = torch.ones(1, 3, 1, 16, requires_grad=True); o, _ = delta_rule(x, x, x, x, backend='cpu')\n"
+        "print(torch.get_num_threads())\n"
         "o.sum().backward(); print(torch.get_num_threads())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
