@@ -201,7 +201,7 @@ def describe(
 
       deltalab describe gate:tied                        of one axis alone
 
-      deltalab describe pdn-1b                           a published model's shape and size
+      deltalab describe pdn-1b                           a published model
 
       deltalab describe mqar
     """
