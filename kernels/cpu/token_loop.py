@@ -85,8 +85,8 @@ class _TokenLoop(torch.autograd.Function):
             final.copy_(first)
         if keeps:
             ctx.save_for_backward(rows, read, write, decay, errors, kept)
-            ctx.scale, ctx.widths, ctx.inputs = scale, (K, V), (q, r, w, v, log_decay, initial)
-            ctx.inputs = tuple(None if x is None else (x.dtype, x.shape) for x in ctx.inputs)
+            ctx.scale, ctx.widths = scale, (K, V)
+            ctx.inputs = tuple(None if x is None else (x.dtype, x.shape) for x in (q, r, w, v, log_decay, initial))
         ctx.set_materialize_grads(False)
         return o[..., :V].to(v.dtype), final[..., :K, :V].contiguous()
 

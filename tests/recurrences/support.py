@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltalab import LanguageModel, Mixer, registry
 from deltalab.recurrences import MixerState, RecurrenceSpec, spec_from_mapping
+from deltalab.tests.conformance.laboratory import enliven
 
 CARDS = registry.names()
 RECURRENT = [name for name in CARDS if isinstance(registry.load(name), RecurrenceSpec)]
@@ -38,21 +39,6 @@ def spec_of(**choices: Any) -> RecurrenceSpec:
     spec = spec_from_mapping({"name": "combination", **choices})
     assert isinstance(spec, RecurrenceSpec)
     return spec
-
-
-@torch.no_grad()
-def enliven(module: nn.Module) -> None:
-    """Larger projections, gates that forget a part, statistics that start above 0."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        last = name.split(".")[-1]
-        if last in ("A_log", "dt_bias"):
-            parameter.copy_(0.3 * noise - 1)
-        elif last == "first":
-            parameter.copy_(0.5 + noise.abs())
-        else:
-            parameter.copy_(parameter + 0.4 * noise)
 
 
 def tokens(width: int = 12, length: int = 9, batch: int = 2) -> Tensor:
