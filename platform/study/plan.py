@@ -16,7 +16,7 @@ from ...registry import origins
 from ...strict import plain
 from ..config import BOOKKEEPING, RESOLVED, Part, ResourcesConfig, Study
 from ..config.places import located
-from ..tasks import PreparedTask, Progress, effective, task_class
+from ..tasks import PreparedTask, Progress, effective, fingerprint, parts_of, prepare_task, task_class
 from .arms import Arm, check_model, expand
 from .measures import MEASURES, full_name, measured
 from .notes import notes_on, where
@@ -92,9 +92,9 @@ def plan_study(study: Study, cache: Path, progress: Progress | None = None) -> P
 def _prepare(arm: Arm, cache: Path, progress: Progress | None, prepared: dict[str, PreparedTask]) -> PreparedTask:
     """The arm's data; arms that read the same share them."""
     try:
-        key = arm.task.fingerprint()
+        key = fingerprint(arm.task)
         if key not in prepared:
-            prepared[key] = arm.task.prepare(cache, progress)
+            prepared[key] = prepare_task(arm.task, cache, progress)
     except UserError as error:
         raise UserError(located(str(error), arm.places)) from error
     except (MemoryError, OverflowError) as error:
@@ -168,10 +168,11 @@ def digest(content: Mapping[str, Any]) -> str:
 def _check_training(arm: Arm, data: PreparedTask) -> None:
     if arm.training.backend not in ("auto", *backends()):
         raise unknown("backend", arm.training.backend, ("auto", *backends()), located("training.backend:", arm.places)[:-1])
-    if arm.training.batch > len(data.train):
+    fewest = min(len(part) for part in parts_of(data.train))
+    if arm.training.batch > fewest:
         raise UserError(
             located(
-                f"training.batch: {arm.training.batch} is more than the {len(data.train)} training sequences of {arm.task.name}",
+                f"training.batch: {arm.training.batch} is more than the {fewest} training sequences of {arm.task.name}",
                 arm.places,
             )
         )

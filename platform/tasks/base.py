@@ -10,10 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .composition import Composition
 
 IGNORE = -100
 """The target of a position that is not scored (the default `ignore_index` of cross entropy in PyTorch)."""
@@ -36,12 +38,31 @@ class Split(Protocol):
         """(inputs, targets), int64 [n, T] each, of the n rows in `index` [n]. `IndexError` outside `len`."""
 
 
+@runtime_checkable
+class Faceted(Protocol):
+    """A split that can say more of a scored position: how far away its answer lies, how deep its stack is, ...
+
+    A facet has buckets, each with a name of letters, digits and `_` (`distance`: "32_63", "64_127", ...): a score is measured per
+    bucket as well.
+    """
+
+    @property
+    def facets(self) -> Mapping[str, tuple[str, ...]]:
+        """Facet -> the names of its buckets, in order."""
+
+    def labels(self, index: NDArray[np.int64]) -> Mapping[str, NDArray[np.int64]]:
+        """Facet -> the bucket's number of every position, int64 [n, T], of the rows in `index` [n]; -1: in no bucket."""
+
+
 @dataclass(frozen=True)
 class PreparedTask:
     """A task whose data lie on this machine.
 
-    `digest` (32 hexadecimal digits) is the content of all splits: two tasks with one digest are the same data, whatever they were
-    read from. `chance` is the accuracy of guessing (None where it means nothing). `details` are plain values for the record.
+    `digest` (32 hexadecimal digits) is the content of all splits: two tasks with one digest are the same data, whatever they
+    were read from. `length` is that of the longest row to train on. `chance` is the accuracy of guessing (None where it means
+    nothing). `details` are plain values for the record. `probes` are further test splits, in other settings: "length_2x",
+    "pairs_16". `baselines` are the accuracies that rules without learning reach on the test split: a model below them has learned
+    nothing. `token_bytes` [vocab] are the bytes of text that each token stands for; None: one each.
     """
 
     name: str
@@ -54,6 +75,9 @@ class PreparedTask:
     digest: str
     chance: float | None
     details: Mapping[str, Any] = field(default_factory=dict)
+    probes: Mapping[str, Split] = field(default_factory=dict)
+    baselines: Mapping[str, float] = field(default_factory=dict)
+    token_bytes: NDArray[np.int64] | None = None
 
 
 class Task(ABC):
@@ -77,6 +101,8 @@ class Task(ABC):
 
     config: Any
     path: str
+    composition: Composition = Composition()
+    """Further settings of the same task to train and to be measured on; see `composition`."""
 
     def __init__(self, config: Any, path: str = "task") -> None:
         """Keeps the settings; `path` is where they stand in the study's YAML, for messages. `UserError` if they contradict."""
@@ -85,7 +111,14 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, cache: Path, progress: Progress | None = None) -> PreparedTask:
-        """Generate or read the data, or memory-map what an earlier call left under `cache`. `UserError` if they are unusable."""
+        """Generate or read the data, or memory-map what an earlier call left under `cache`. `UserError` if they are unusable.
+
+        Of this setting alone: `prepare_task` adds what the composition asks for.
+        """
+
+    def longer(self, factor: int) -> Mapping[str, object]:
+        """The settings in which examples are `factor` times as long and otherwise the same."""
+        return {"length": factor * self.config.length}
 
     @abstractmethod
     def fingerprint(self) -> str:

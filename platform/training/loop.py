@@ -9,16 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
 from ...recurrences import LanguageModel
 from ..config import TrainingConfig
 from ..tasks import Split
 from .checkpoint import load_checkpoint, save_checkpoint, set_aside
 from .device import Hardware
+from .order import Order
 
 Report = Callable[[int, dict[str, float]], None]
 CHECKPOINT_SHARE = 20
@@ -67,8 +66,9 @@ class Trainer:
         # Sums over the steps since the last report; part of the checkpoint, so that a resume reports the same means.
         self._sums = torch.zeros(2, dtype=torch.float64, device=hardware.device)
         self._since = 0
-        self._order: tuple[int, NDArray[np.int64]] | None = None
-        """The epoch and its shuffled rows."""
+        self._order = Order(split, config.batch, seed, config.steps)
+        self._tokens = 0
+        """Trained on since the clock was last read."""
         self.warning = self._resume()
         self._saved_at, self._save_cost = time.monotonic(), 0.0
 
@@ -107,7 +107,8 @@ class Trainer:
             self.save()
 
     def _one_step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, targets = self.split.rows(self._indices(self.step))
+        inputs, targets = self.split.rows(self._order.rows(self.step))
+        self._tokens += inputs.size
         device = self.hardware.device
         with self.hardware.autocast():
             logits, wanted = self.model.scored_logits(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
@@ -120,14 +121,6 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         return loss.detach(), norm.detach()
 
-    def _indices(self, step: int) -> NDArray[np.int64]:
-        """The rows of a step: epochs of all rows, each shuffled by (seed, epoch); a last incomplete batch is left out."""
-        per_epoch = len(self.split) // self.config.batch
-        epoch, position = divmod(step, per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
-        return self._order[1][position * self.config.batch : (position + 1) * self.config.batch]
-
     def _clock(self) -> float:
         self.hardware.synchronise()
         return time.perf_counter()
@@ -136,7 +129,8 @@ class Trainer:
         if not steps:
             return
         self.seconds += seconds
-        self.rates.append(steps * self.config.batch * self.split.length / max(seconds, 1e-9))
+        self.rates.append(self._tokens / max(seconds, 1e-9))
+        self._tokens = 0
 
     @property
     def tokens_per_second(self) -> float:

@@ -8,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from deltalab.errors import UserError
 from deltalab.platform.tasks import IGNORE, PreparedTask, build_task
-from deltalab.platform.tasks import mqar as module
-from deltalab.platform.tasks.mqar import MqarConfig, examples, oracle
+from deltalab.platform.tasks import synthetic as module
+from deltalab.platform.tasks.mqar import MqarConfig, MqarTask
 
 TINY = {"name": "mqar", "vocab": 64, "length": 24, "pairs": 4, "train_examples": 50, "validation_examples": 7, "test_examples": 5}
 SPLITS = ("train", "validation", "test")
@@ -26,6 +28,12 @@ SPLITS = ("train", "validation", "test")
 
 def prepare(cache: Path, **more: object) -> PreparedTask:
     return build_task({**TINY, **more}).prepare(cache)
+
+
+def examples(config: MqarConfig, split: str, count: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(tokens, positions of the queries) of the first examples, block by block."""
+    for block in MqarTask(config).blocks(split, count):
+        yield block["tokens"], block["positions"]
 
 
 def everything(data: PreparedTask) -> dict[str, tuple[list[list[int]], list[list[int]]]]:
@@ -115,7 +123,7 @@ def test_every_example_is_as_defined(config: MqarConfig, split: str, count: int)
         assert not set(fill) & set(keys), "a key among the filler would be a second query"
         assert all(0 <= token < config.vocab for token in fill)
         assert config.filler == "random" or not any(fill)
-    answers = oracle(tokens, config)[np.arange(count)[:, None], positions]
+    answers = MqarTask(config).oracle(tokens)[np.arange(count)[:, None], positions]
     assert (answers == tokens[:, 1 : 2 * p : 2]).all()
 
 
@@ -206,7 +214,7 @@ def folder_of(cache: Path) -> Path:
 
 def test_the_second_time_nothing_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(tmp_path)
-    monkeypatch.setattr(module, "examples", None)
+    monkeypatch.setattr(MqarTask, "blocks", None)
     again = prepare(tmp_path)
     assert again.digest == first.digest
     assert everything(again) == everything(first)
@@ -270,7 +278,7 @@ def test_a_damaged_cache_is_built_anew(tmp_path: Path, damage: object) -> None:
 
 def test_a_touched_file_is_verified_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(tmp_path)
-    monkeypatch.setattr(module, "examples", None)
+    monkeypatch.setattr(MqarTask, "blocks", None)
     for file in folder_of(tmp_path).glob("*.npy"):
         os.utime(file)
     prepare(tmp_path)
@@ -283,7 +291,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def broken(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "oracle", broken)
+    monkeypatch.setattr(MqarTask, "oracle", broken)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]

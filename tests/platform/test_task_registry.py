@@ -82,7 +82,7 @@ def test_an_integer_is_a_number() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "mqar", "pars": 4}, "task.pars: unknown key 'pars'. Did you mean 'pairs'? Valid: vocab, length, pairs,"),
+        ({"name": "mqar", "pars": 4}, "task.pars: unknown key 'pars'. Did you mean 'pairs'? Valid: train_examples,"),
         ({"name": "mqar", 4: 4}, "task.4: unknown key 4. Valid:"),
         ({"name": "mqar", "pairs": "abc"}, "task.pairs: 'abc' is not an integer (at least 1)"),
         ({"name": "mqar", "pairs": True}, "task.pairs: True is not an integer"),
