@@ -172,16 +172,23 @@ class LanguageModel(nn.Module):
         where = scored.nonzero().squeeze(-1)
         return self.logits(flat.index_select(0, where)), targets.flatten().index_select(0, where)
 
-    def _mixers(self) -> list[Mixer]:
+    def mixers(self) -> list[Mixer]:
+        """The mixers of the layers, first to last."""
         return [cast(ModelBlock, block).mixer for block in self.blocks]
 
     def initial_state(self, batch: int) -> LanguageModelState:
         """The state before the first token."""
-        return [mixer.initial_state(batch) for mixer in self._mixers()]
+        return [mixer.initial_state(batch) for mixer in self.mixers()]
 
     def state_bytes(self, tokens: int) -> int:
         """Bytes of the state of one sequence after `tokens` tokens, all layers."""
-        return sum(mixer.state_bytes(tokens) for mixer in self._mixers())
+        return sum(mixer.state_bytes(tokens) for mixer in self.mixers())
+
+    def flops_per_token(self, context: int) -> int:
+        """Floating point operations of one token's forward pass after `context` tokens, head included; a multiply-add is two."""
+        mlps = [module for module in self.modules() if isinstance(module, SwiGLU)]
+        dense = self.vocab * self.width + sum(p.numel() for mlp in mlps for p in mlp.parameters())
+        return 2 * dense + sum(mixer.flops_per_token(context) for mixer in self.mixers())
 
     def parameter_count(self) -> int:
         """Number of parameters, shared ones counted once."""
@@ -189,7 +196,7 @@ class LanguageModel(nn.Module):
 
     def backend(self, device: torch.device) -> str:
         """The kernel backends that serve the layers on `device`, joined by `+`."""
-        return "+".join(sorted({mixer.resolved_backend(device) for mixer in self._mixers()}))
+        return "+".join(sorted({mixer.resolved_backend(device) for mixer in self.mixers()}))
 
     def decay_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(decayed, not decayed): only matrices of projections and convolutions are decayed; no component's parameter is."""

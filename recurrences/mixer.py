@@ -6,7 +6,7 @@ B batch, T time, H heads, K key width, V value width, D model width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels import delta_rule, resolve_backend
+from ..kernels import decode, delta_rule, resolve_backend
 from ..strict import build, plain
 from .component import Component, HeadShape
 from .forgetting import NoForgetting
 from .initialise import initialise
-from .layers import Projection, RMSNorm, ShortConvolution, activate, l2_normalise
+from .layers import L2_EPS, Projection, RMSNorm, ShortConvolution, activate, l2_normalise
 from .settings import Block
 from .signals import Forget, GateOutput, Step, Told, wide
 from .spec import LayerSpec, RecurrenceSpec
@@ -51,6 +51,21 @@ class MixerState:
     def state_bytes(self) -> int:
         """Bytes of all tensors, for the whole batch."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a layer hands to the general recurrence, over the T n substeps of a call: what diagnostics look at.
+
+    read_key (None: no erase), write_key [B,Tn,H,K], value [B,Tn,H,V], log_decay (None, [B,Tn,H] or [B,Tn,H,K]) and the state
+    before, [B,H,K,V] (None: zeros).
+    """
+
+    read_key: Tensor | None
+    write_key: Tensor
+    value: Tensor
+    log_decay: Tensor | None
+    memory: Tensor | None
 
 
 # So that torch.load reads a saved state as it is, without `weights_only=False`: there is nothing in it but tensors.
@@ -170,6 +185,8 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         self.erase = spec.erase.build(shape)
         self.value_gain = spec.value_gain.build(shape)
         self.feedback = spec.feedback.build(shape)
+        self.observer: Callable[[Observed], None] | None = None
+        """Called before every pass through the recurrence, with what goes in."""
         self.skip = _Skip(heads) if self.block.skip else None
         self.norm = RMSNorm(shape.value) if self.block.output_norm else None
         self.gate_proj = output_gate(width, self.block.output_gate_rank, heads * shape.value, self.block.output_gate)
@@ -202,8 +219,8 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
 
     def forward(self, x: Tensor, state: MixerState | None = None) -> Any:
         n, before = self.spec.substeps, MixerState() if state is None else state
-        q, raw_key, v, conv = self._project(x, before.conv)
-        k = l2_normalise(raw_key) if self.spec.qk.normalise_k == "l2" else raw_key
+        decoding = self._decodes(x, before)
+        q, raw_key, k, v, conv = self._enter(x, before.conv) if decoding else self._project(x, before.conv)
         each = x.repeat_interleave(n, dim=1) if n > 1 else x
         gate = self.gate(x)
         steps = self._steps(x, k, gate, before.position)
@@ -211,26 +228,54 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         read = self.erase(each, step.key)
         write, query, statistic = self._precondition(x, each, step, at_last(q, n), read, log_decay, before.statistic)
         value = self.value_gain(each, raw_key, v)
-        o, memory = delta_rule(
-            query,
-            read if self.spec.erases else None,
-            write,
-            value if step.value_gain is None else value * step.value_gain.unsqueeze(-1),
-            log_decay,
-            initial_state=before.memory,
-            erase=self.spec.erases,
-            backend=self.backend,
-        )
-        o = o[:, n - 1 :: n]
-        y = self._output(x, o if self.skip is None else self.skip(o, v[:, n - 1 :: n]))
+        value = value if step.value_gain is None else value * step.value_gain.unsqueeze(-1)
+        read_key = read if self.spec.erases else None
+        if self.observer is not None:
+            self.observer(Observed(read_key, write, value, log_decay, before.memory))
+        if decoding and before.memory is not None:
+            norm = None if self.skip is not None else self.norm
+            gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            o, memory = decode.step(query, read_key, write, value, log_decay, before.memory, gain=gain, eps=eps)
+        else:
+            norm = None
+            o, memory = delta_rule(
+                query,
+                read_key,
+                write,
+                value,
+                log_decay,
+                initial_state=before.memory,
+                erase=self.spec.erases,
+                backend=self.backend,
+            )
+            o = o[:, n - 1 :: n]
+        y = self._output(x, o if self.skip is None else self.skip(o, v[:, n - 1 :: n]), normed=norm is not None)
         if state is None:
             return y
         position = None if before.position is None else before.position + x.shape[1]
         return y, MixerState(conv, memory, statistic, position)
 
-    def _project(self, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x -> q [B,T,H,K], k [B,Tn,H,K] (not normalised), v [B,Tn,H,V], in float32 or wider: statistics and state never see
-        bfloat16."""
+    def _decodes(self, x: Tensor, before: MixerState) -> bool:
+        """Whether this call is one token that the compiled loops of `decode` serve."""
+        if before.memory is None or x.shape[1] != 1 or self.spec.substeps > 1 or self.backend not in ("auto", "cpu"):
+            return False
+        small = self.backend == "auto" and min(self.shape.key, self.shape.value) < decode.SMALLEST
+        return not small and decode.serves(x, before.memory, self.in_proj.weight, before.conv)
+
+    def _enter(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """`_project` for one token that is decoded, in one call where the layer's options are those of most cards."""
+        qk, raw_key_matters = self.spec.qk, self.spec.value_gain.name != "one" and self.spec.qk.normalise_k == "l2"
+        if not self.activated or past is None or self.block.key_heads or raw_key_matters:
+            return self._project(x, past)
+        assert self.conv is not None, "there is no past without a convolution"
+        eps_q, eps_k = (L2_EPS if kind == "l2" else None for kind in (qk.normalise_q, qk.normalise_k))
+        shape = self.shape
+        q, k, v, past = decode.enter(self.in_proj(x), past, self.conv.weight, shape.heads, shape.key, eps_q, eps_k)
+        return q, k, k, v, past
+
+    def _project(self, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """x -> q [B,T,H,K], the key [B,Tn,H,K] as it came and normalised, v [B,Tn,H,V], in float32 or wider: statistics and state
+        never see bfloat16."""
         mixed = self.in_proj(x)
         if self.conv is not None:
             mixed, conv_state = self.conv(mixed, conv_state)
@@ -246,7 +291,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         q = l2_normalise(q) if qk.normalise_q == "l2" else q
         if groups < heads:
             q, k = (part.repeat_interleave(heads // groups, dim=2) for part in (q, k))
-        return q, k, v, conv_state
+        return q, k, l2_normalise(k) if qk.normalise_k == "l2" else k, v, conv_state
 
     def _steps(self, x: Tensor, key: Tensor, gate: GateOutput, position: Tensor | None) -> list[Step]:
         """The step of every substep, each over [B,T]."""
@@ -287,8 +332,8 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         key, query, statistic = self.preconditioner(told, statistic)
         return (key if step.beta is None else step.beta.unsqueeze(-1) * key), query, statistic
 
-    def _output(self, x: Tensor, o: Tensor) -> Tensor:
-        if self.norm is not None:
+    def _output(self, x: Tensor, o: Tensor, normed: bool) -> Tensor:
+        if self.norm is not None and not normed:
             o = self.norm(o)
         o = o.flatten(-2)
         if self.gate_proj is not None:

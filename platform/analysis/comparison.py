@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import UserError, unknown
-from ..study import MEASURES, full_name
+from ..study import full_name, measure_of
 from ..tracking import LaunchRow, Ledger, TrialRow
 from .statistics import LEVEL, METHOD, Difference, Estimate, estimate, holm, paired_difference
 
@@ -45,6 +45,8 @@ class PartTable:
     metric: str
     baseline: str
     arms: tuple[ArmRow, ...]
+    rules: Mapping[str, float] = field(default_factory=dict)
+    """What guessing, and rules without learning, reach in this metric: an arm that is not above them has learned nothing."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Comparison:
         """JSON-able; a number that does not exist is null."""
         content = dataclasses.asdict(self)
         for part in content["parts"]:
-            measure = MEASURES.get(part["metric"])
+            measure = measure_of(part["metric"])
             part["unit"] = measure.unit if measure else ""
             part["higher_is_better"] = measure.higher_is_better if measure else None
             for arm in part["arms"]:
@@ -181,7 +183,8 @@ def _table(
             difference = dataclasses.replace(difference, p_holm=corrected[arm])
         table.append(_arm_row(arm, members[arm], values[arm], difference, speeds[arm], speeds[base], numbers))
     digests = tuple(sorted({row.dataset_digest for row in rows}))
-    return PartTable(part["name"], task, version, digests, metric, base, tuple(table))
+    rules = part.get("rules", {}) if metric == part["metric"] else {}  # launches before there were rules have none
+    return PartTable(part["name"], task, version, digests, metric, base, tuple(table), rules)
 
 
 def _arm_row(

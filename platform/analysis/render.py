@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..study import MEASURES
+from ..study import measure_of
 from .comparison import ArmRow, Comparison, PartTable
 from .statistics import Estimate
 
@@ -56,6 +56,8 @@ def _renderables(comparison: Comparison, width: int) -> Iterator[RenderableType]
             if row.arm == best:
                 cells[2] = f"[bold green]{cells[2]}[/]"
             table.add_row(*cells)
+        for cells in _rule_rows(part):
+            table.add_row(*map(escape, cells), style="dim")
         yield table
         yield ""
     for line in _footer(comparison):
@@ -67,7 +69,7 @@ def _headers(part: PartTable) -> list[str]:
 
 
 def _best(part: PartTable) -> str | None:
-    measure = MEASURES.get(part.metric)
+    measure = measure_of(part.metric)
     scored = [(row.value.mean, row.arm) for row in part.arms if row.value is not None]
     if not scored or measure is None or measure.higher_is_better is None:
         return None
@@ -75,7 +77,7 @@ def _best(part: PartTable) -> str | None:
 
 
 def _cells(row: ArmRow, part: PartTable) -> list[str]:
-    measure = MEASURES.get(part.metric)
+    measure = measure_of(part.metric)
     form = measure.format if measure else ".4g"
     difference = row.difference
     p = difference.p_holm if difference else None
@@ -88,6 +90,13 @@ def _cells(row: ArmRow, part: PartTable) -> list[str]:
         _number(row.speed, ",.0f"),
         _number(row.speed_ratio, ".2f"),
     ]
+
+
+def _rule_rows(part: PartTable) -> list[list[str]]:
+    """`(chance)`, `(last_push)`: rows of what needs no model."""
+    measure = measure_of(part.metric)
+    form = measure.format if measure else ".4g"
+    return [[f"({name})", "", f"{value:{form}}", *[""] * (len(_HEADERS) - 3)] for name, value in part.rules.items()]
 
 
 def _missing(row: ArmRow) -> str:
@@ -126,7 +135,7 @@ def _last_line(error: str) -> str:
 
 
 def _markup(part: PartTable, form: str) -> str:
-    headers, rows = _headers(part), [_cells(row, part) for row in part.arms]
+    headers, rows = _headers(part), [*(_cells(row, part) for row in part.arms), *_rule_rows(part)]
     if form == "markdown":
         rule = ["---"] + ["---:"] * (len(headers) - 1)
         lines = [" | ".join(cell if row is rule else _markdown(cell) for cell in row) for row in (headers, rule, *rows)]

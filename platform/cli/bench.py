@@ -1,4 +1,4 @@
-"""`deltalab bench`: how fast the kernels are here, beside the peers that are installed."""
+"""`deltalab bench` and `deltalab verify`: how fast the kernels are here, beside installed peers, and whether they are right."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from rich.table import Table
 
 from ...errors import UserError
 from .app import console
+from .bench_engine import engine
+from .bench_model import model
 
 if TYPE_CHECKING:
     from ..bench import Case, Row
 
-bench = typer.Typer(no_args_is_help=True, help="Measure kernels on this machine, beside the peers that are installed.")
+bench = typer.Typer(no_args_is_help=True, help="Measure kernels, models and the study engine on this machine.")
+bench.command("model")(model)
+bench.command("engine")(engine)
 
 
 def register(app: typer.Typer) -> None:
@@ -27,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 @bench.callback()
 def group() -> None:
-    """Measure kernels on this machine, beside the peers that are installed."""
+    """Measure kernels, models and the study engine on this machine."""
 
 
 @bench.command("kernels")

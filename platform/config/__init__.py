@@ -2,13 +2,14 @@
 
 from .loader import Part, Study, load_study, study_names
 from .root import DataRoot
-from .schema import BOOKKEEPING, RESOLVED, SECTIONS, ModelConfig, ResourcesConfig, TrainingConfig
+from .schema import BOOKKEEPING, RESOLVED, SECTIONS, MeasureConfig, ModelConfig, ResourcesConfig, TrainingConfig
 
 __all__ = [
     "BOOKKEEPING",
     "RESOLVED",
     "SECTIONS",
     "DataRoot",
+    "MeasureConfig",
     "ModelConfig",
     "Part",
     "ResourcesConfig",

@@ -21,7 +21,18 @@ from ... import yaml_file
 from ...errors import UserError, shown, unknown
 from ...strict import build, fields_of, item, join
 from .places import Places, places_of, settings
-from .schema import COMPONENTS, SECTIONS, BaseConfig, ModelConfig, PartConfig, ResourcesConfig, StudyConfig, TrainingConfig
+from .schema import (
+    COMPONENTS,
+    SECTIONS,
+    TURNED,
+    BaseConfig,
+    MeasureConfig,
+    ModelConfig,
+    PartConfig,
+    ResourcesConfig,
+    StudyConfig,
+    TrainingConfig,
+)
 
 _EVERYWHERE = (*SECTIONS, "axes", "seeds", "baseline", "metric")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -211,7 +222,7 @@ def _first(*layers: tuple[Any, str], missing: Any) -> tuple[Any, str]:
 def _base(config: PartConfig, study: StudyConfig, everywhere: Mapping[str, Any], path: str, places: Places) -> dict[str, Any]:
     """section -> content, the part's over the study's, overrides over both."""
     for where, own in (("base", study.base), (join(path, "base"), config.base)):
-        build(BaseConfig, {key: {} if key in ("model", "training") else value for key, value in own.items()}, where)
+        build(BaseConfig, {key: {} if key in ("model", "training", "measure") else value for key, value in own.items()}, where)
     base: dict[str, Any] = {}
     layers: list[tuple[str, Mapping[str, Any]]] = [
         ("base.", study.base),
@@ -253,10 +264,10 @@ def _axes(
 
 
 def _check_axis(axis: str, values: Any, path: str) -> None:
-    if axis.split(".")[0] not in SECTIONS:
+    if axis.split(".")[0] not in TURNED:
         hint = _full_path(axis)
         raise (
-            UserError(f"{path}: unknown axis {axis!r}. Did you mean {hint!r}?") if hint else unknown("axis", axis, SECTIONS, path)
+            UserError(f"{path}: unknown axis {axis!r}. Did you mean {hint!r}?") if hint else unknown("axis", axis, TURNED, path)
         )
     if not isinstance(values, list) or not values:
         raise UserError(f"{path}: expected a list of values, got {shown(values)}")
@@ -293,7 +304,8 @@ _SHORT = {
     "recurrence": (*COMPONENTS, "substeps", "qk", "block", "pattern"),
     "model": tuple(fields_of(ModelConfig)),
     "training": tuple(fields_of(TrainingConfig)),
-    "task": ("pairs", "length", "vocab", "corpus"),
+    "task": ("pairs", "length", "vocab", "corpus", "lengths", "probes", "stages"),
+    "measure": tuple(fields_of(MeasureConfig)),
 }
 """Section -> settings by which it is recognised."""
 

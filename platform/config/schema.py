@@ -8,8 +8,10 @@ from typing import Any, Literal
 from ...errors import UserError
 from ...strict import option
 
-SECTIONS = ("recurrence", "task", "model", "training")
-"""The parts of `base`, and the first words of an axis."""
+TURNED = ("recurrence", "task", "model", "training")
+"""The first words of an axis."""
+SECTIONS = (*TURNED, "measure")
+"""The parts of `base`."""
 
 COMPONENTS = ("gate", "step_size", "preconditioner", "forgetting", "erase", "value_gain", "feedback")
 """The keys of a recurrence that choose a component (`recurrences.AXES`, which is not imported here: it would load torch)."""
@@ -69,6 +71,16 @@ class TrainingConfig:
     checkpoint_seconds: float = option(10.0, "seconds between two checkpoints", min=0)
 
 
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured of a trained model beyond its scores; nothing of it changes how it is trained."""
+
+    diagnostics: bool = option(False, "what the layers do: norms of states and keys, effective steps, gates, residuals")
+    throughput: dict[str, Any] = option(
+        factory=dict, help="prefill and decoding speed: {contexts: [1024, 4096], batches: [1, 16], repeats: 5}; empty: none"
+    )
+
+
 BOOKKEEPING = ("log_every", "checkpoint_seconds")
 """Fields of TrainingConfig that change what is written down, not the numbers: they are left out of a trial's hash."""
 
@@ -81,6 +93,7 @@ class BaseConfig:
     task: Any = option(None, "a task's name, or {name: NAME, preset: ..., option: ...}")
     model: dict[str, Any] = option(factory=dict, help="see ModelConfig")
     training: dict[str, Any] = option(factory=dict, help="see TrainingConfig")
+    measure: dict[str, Any] = option(factory=dict, help="see MeasureConfig")
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.status import Status
 from rich.table import Column
 
 from .trial import Outcome, Points
@@ -37,6 +38,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def spinner(console: Console, words: str) -> AbstractContextManager[Status | None]:
+    """Says what is being waited for; nothing in a log file, where a spinner leaves an empty line."""
+    return console.status(words) if console.is_terminal else nullcontext()
 
 
 class Display:

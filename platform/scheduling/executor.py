@@ -22,7 +22,7 @@ from .trial import Job, run_trial
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Trials exchange numbers, not tensors: the smallest store that Ray accepts comfortably."""
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -40,12 +40,13 @@ _ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+"""What Ray and its workers are started with, where the environment does not say otherwise."""
 
 
 @contextmanager
 def ray_cluster(resources: ResourcesConfig) -> Iterator[None]:
     """A Ray of our own on this machine, or the cluster at `resources.address`. `UserError` if a trial does not fit."""
-    os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     import ray
 
     options: dict[str, Any] = {"address": resources.address, "log_to_driver": False, "logging_level": logging.ERROR}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +17,12 @@ from rich.console import Console
 
 from ...recurrences import plugins
 from ..config import DataRoot, ResourcesConfig, Study
-from ..study import MEASURES, Plan, PlannedTrial, plan_study
+from ..study import Plan, PlannedTrial, measure_of, plan_study
 from ..tasks import Progress
 from ..tracking import Ledger, MlflowWriter, TrialPlan, TrialRow, TrialStatus, provenance
-from .display import Display, duration
+from .display import Display, duration, spinner
 from .executor import check_local_resources, execute, ray_cluster
+from .kernels import prepare_kernels
 from .lock import only_launch
 from .recorder import Recorder
 from .stop import Stop
@@ -60,7 +61,8 @@ def launch_study(study: Study, root: DataRoot, console: Console, command: str, p
         record = provenance()
         with Ledger.open(root.ledger) as ledger:
             killed = _retire_killed(study.name, ledger)
-            launch_id = ledger.start_launch(study.name, command, plan.record(), record, [_row(trial) for trial in plan.trials])
+            planned = [trial_plan(trial) for trial in plan.trials]
+            launch_id = ledger.start_launch(study.name, command, plan.record(), record, planned)
             rows = {row.hash: row for row in ledger.trials(study.name, launch_id=launch_id)}
             left = [trial for trial in plan.trials if rows[trial.hash].status not in DONE]
             status: LaunchEnd = "finished"
@@ -88,7 +90,8 @@ def _retire_killed(study: str, ledger: Ledger) -> list[str]:
     return [run for run in runs if run]
 
 
-def _row(trial: PlannedTrial) -> TrialPlan:
+def trial_plan(trial: PlannedTrial) -> TrialPlan:
+    """The trial as the ledger notes it."""
     return TrialPlan(
         hash=trial.hash,
         arm=trial.arm,
@@ -138,7 +141,7 @@ class _Launch:
             raise
 
     def _run_with_mlflow(self) -> None:
-        with _spinner(self.console, "starting MLflow ..."):
+        with spinner(self.console, "starting MLflow ..."):
             mlflow = MlflowWriter(self.root.mlflow, self.root.artifacts, self.record)
             run_id = self._open_launch(mlflow)
         recorder = Recorder(self.plan.study, self.ledger, mlflow, run_id)
@@ -159,8 +162,12 @@ class _Launch:
         planned = {trial.hash: trial for trial in self.left}
         listener = _Listener(planned, self.rows, recorder, self.display, {part.name: part.metric for part in plan.parts})
         jobs = [_job(trial, self.root, self.stop, resources) for trial in self.left]
+        if resources.address == "local" and not resources.gpus_per_trial:
+            prepare_kernels(jobs, self.console, lambda: self.stop.requested)
+        if self.stop.requested:
+            return
         with ExitStack() as ray:
-            with _spinner(self.console, "starting Ray ..."):
+            with spinner(self.console, "starting Ray ..."):
                 ray.enter_context(ray_cluster(resources))
             self.stop.catch()
             if not self.stop.requested:
@@ -176,11 +183,6 @@ class _Launch:
         run_id = mlflow.open_launch(self.plan.study, f"launch {self.launch_id}", params, {"deltalab.launch": self.launch_id})
         self.ledger.set_launch(self.launch_id, mlflow_run_id=run_id)
         return run_id
-
-
-def _spinner(console: Console, words: str) -> AbstractContextManager[object]:
-    """Says what is being waited for; nothing in a log file, where a spinner leaves an empty line."""
-    return console.status(words) if console.is_terminal else nullcontext()
 
 
 def _job(trial: PlannedTrial, root: DataRoot, stop: Stop, resources: ResourcesConfig) -> Job:
@@ -229,5 +231,6 @@ class _Listener:
         metric = self.metrics[self.planned[trial].part]
         value = outcome.measurements.get(metric)
         seconds = outcome.measurements.get("time/train_seconds", 0.0)
-        score = "" if value is None else f"{metric} {value:{MEASURES[metric].format}} ({duration(seconds)})"
+        measure = measure_of(metric)
+        score = "" if value is None else f"{metric} {value:{measure.format if measure else '.4g'}} ({duration(seconds)})"
         self.display.ended(trial, outcome, score)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from ..study import MEASURES, PlannedTrial
+from ..study import PlannedTrial, measure_of
 from ..tracking import Ledger, MlflowWriter
 from .trial import Outcome, Points
 
@@ -69,6 +69,7 @@ class Recorder:
         trial = self._open.pop(trial_hash)
         self.failed += outcome.status == "failed"
         self._flush(trial)
+        self.mlflow.log_files(trial.run_id, outcome.files)
         context = {f"deltalab.{key}": value for key, value in outcome.context.items() if value}
         self.mlflow.finish_trial(trial.run_id, outcome.status, outcome.measurements, {**context, "deltalab.error": outcome.error})
         if outcome.status == "interrupted":
@@ -80,7 +81,7 @@ class Recorder:
             outcome.measurements,
             error=outcome.error,
             backend=outcome.context.get("backend"),
-            units={name: MEASURES[name].unit for name in outcome.measurements if name in MEASURES},
+            units={name: measure.unit for name in outcome.measurements if (measure := measure_of(name)) is not None},
         )
 
     def close(self) -> None:

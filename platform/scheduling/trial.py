@@ -17,10 +17,11 @@ from filelock import FileLock, Timeout
 from ...recurrences import plugins, spec_from_mapping
 from ...registry import check_origins
 from ...strict import build
-from ..config import ModelConfig, TrainingConfig
+from ..config import MeasureConfig, ModelConfig, TrainingConfig
+from ..evaluation import inspect, score
 from ..study import build_model
-from ..tasks import PreparedTask, build_task
-from ..training import Diverged, Interrupted, PeakMemory, Trainer, evaluate, prepare_device
+from ..tasks import PreparedTask, build_task, prepare_task
+from ..training import Diverged, Interrupted, PeakMemory, Trainer, WrongKernel, pass_gate, prepare_device
 
 Points = list[tuple[str, int, float]]
 """(name, step, value): what crosses from a worker to the driver."""
@@ -53,7 +54,9 @@ class Outcome:
     measurements: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     context: dict[str, str] = field(default_factory=dict)
-    """Backend, device and precision that it ran with, and warnings."""
+    """Backend, device and precision that it ran with, the gate's verdict, and warnings."""
+    files: list[str] = field(default_factory=list)
+    """What MLflow should keep of the trial's folder."""
 
 
 def run_trial(job: Job, report: Callable[[int, Points], None]) -> Outcome:
@@ -67,6 +70,8 @@ def run_trial(job: Job, report: Callable[[int, Points], None]) -> Outcome:
             outcome = _read_result(folder, report) or _run(job, folder, report)
     except Interrupted:
         return Outcome("interrupted")
+    except WrongKernel as wrong:
+        return Outcome("failed", error=str(wrong))
     except Exception:
         return Outcome("failed", error=traceback.format_exc(limit=-8))
     return outcome
@@ -94,42 +99,48 @@ def _run(job: Job, folder: Path, report: Callable[[int, Points], None]) -> Outco
     training = build(TrainingConfig, job.config["training"], "training")
     model_config = build(ModelConfig, job.config["model"], "model")
     hardware = prepare_device(job.threads, training.precision, model_config.width, job.gpus > 0)
-    memory = PeakMemory(hardware.device)
     seed = job.config["seed"]
     plugins.adopt(job.imports)
     spec = spec_from_mapping(job.config["recurrence"])
     check_origins(spec, job.config.get("plugins", {}))
+    verified = pass_gate(spec, model_config.width, model_config.heads, training.backend, hardware.device, Path(job.cache))
+    memory = PeakMemory(hardware.device)
     model = build_model(spec, model_config, data.vocab, training.backend, seed).to(hardware.device)
     trainer = Trainer(model, data.train, training, seed, hardware, folder / "checkpoint.pt", job.hash)
     context = {
         "backend": model.backend(hardware.device),
         "device": hardware.device.type,
         "precision": hardware.precision,
+        "verified": verified,
         "warning": trainer.warning,
     }
     _report_curve(trainer.curve, report)
     scores: dict[str, float] = {}
-    error = None
+    found: dict[str, float] = {}
+    files: list[Path] = []
+    peak, error = 0, None
     try:
         trainer.run(
             lambda step, values: _report_curve([(step, values)], report),
             should_stop=lambda: os.path.exists(job.stop_file),
         )
         model.eval()
-        for name, split in (("validation", data.validation), ("test", data.test)):
-            scores |= evaluate(model, split, hardware, training.batch, training.eval_examples).measurements(name, task_metric)
+        scores = score(model, data, task_metric, training, hardware)
         if not math.isfinite(scores["test/loss"]):
             raise Diverged(f"test loss {scores['test/loss']:g} after the last step")
+        peak = memory.bytes()  # of training and scoring: what the study asks for besides may take more
+        found, files = inspect(model, data, build(MeasureConfig, job.config.get("measure", {}), "measure"), hardware, folder)
     except Diverged as diverged:
         scores, error = {}, str(diverged)
     measurements = {
         "throughput/train_tokens_per_second": trainer.tokens_per_second,
         "time/train_seconds": trainer.seconds,
-        "memory/peak_bytes": float(memory.bytes()),
+        "memory/peak_bytes": float(peak or memory.bytes()),
         "model/parameters": float(model.parameter_count()),
         "model/state_bytes": float(model.state_bytes(data.length)),
     }
-    outcome = Outcome("diverged" if error else "finished", measurements | scores, error, context)
+    status: Literal["finished", "diverged"] = "diverged" if error else "finished"
+    outcome = Outcome(status, measurements | scores | found, error, context, [str(file) for file in files])
     _write_result(folder, outcome, trainer.curve)
     return outcome
 
@@ -145,7 +156,7 @@ def _data(job: Job) -> tuple[PreparedTask, str]:
     wanted = dict(job.config["task"])
     digest, version = wanted.pop("digest"), wanted.pop("version")
     task = build_task(wanted)
-    data = task.prepare(Path(job.cache))
+    data = prepare_task(task, Path(job.cache))
     if (data.digest, data.version) != (digest, version):
         found = f"{data.digest} v{data.version}"
         raise RuntimeError(f"the data of {task.name} changed under the launch: planned {digest} v{version}, found {found}")
@@ -163,7 +174,8 @@ def _write_result(folder: Path, outcome: Outcome, curve: Curve) -> None:
 def _read_result(folder: Path, report: Callable[[int, Points], None]) -> Outcome | None:
     try:
         content: Mapping[str, Any] = json.loads((folder / "result.json").read_text())
-        outcome = Outcome(content["status"], dict(content["measurements"]), content["error"], dict(content["context"]))
+        held = content["status"], dict(content["measurements"]), content["error"], dict(content["context"])
+        outcome = Outcome(*held, files=list(content["files"]))
         curve = [(int(step), dict(values)) for step, values in content["curve"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,7 +1,7 @@
 """Studies: grid -> arms -> trials, checked and hashed before anything runs."""
 
-from .arms import Arm, build_model, expand
-from .measures import MEASURES, Measure, full_name
+from .arms import Arm, build_model, expand, resolve_model
+from .measures import MEASURES, Measure, full_name, measure_of
 from .plan import Plan, PlannedPart, PlannedTrial, plan_study
 
 __all__ = [
@@ -14,5 +14,7 @@ __all__ = [
     "build_model",
     "expand",
     "full_name",
+    "measure_of",
     "plan_study",
+    "resolve_model",
 ]

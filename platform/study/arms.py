@@ -22,9 +22,10 @@ from ...recurrences.mixer import head_shape
 from ...recurrences.presets import merged
 from ...registry import load, presets
 from ...strict import build, item, join, plain
-from ..config import ModelConfig, Part, TrainingConfig
+from ..config import MeasureConfig, ModelConfig, Part, TrainingConfig
 from ..config.loader import NAMES, combine, named
 from ..config.places import Places, located, places_of
+from ..evaluation import ThroughputConfig
 from ..tasks import Task, build_task
 
 MOST_ARMS = 10_000
@@ -44,6 +45,7 @@ class Arm:
     """What the preset's variation gives this arm's card and no other: setting -> `21 instead of 24`."""
     task: Task
     training: TrainingConfig
+    measure: MeasureConfig
     places: Places = field(repr=False, compare=False)
     """Where each of its settings was written, for an error that only the plan can find."""
 
@@ -110,15 +112,19 @@ def _resolve(part: Part, point: _Point, places: Places) -> Arm:
     if not set(NAMES) & set(recurrence):
         raise UserError("recurrence.card: missing; a card's name (`deltalab list recurrences`)")
     spec = load(recurrence["card"] if set(recurrence) == {"card"} else recurrence, "recurrence")
-    model, varied = _model(sections["model"], spec.name)
+    model, varied = resolve_model(sections["model"], spec.name)
     if model.block:
         spec = with_block(spec, model.block, "model.block")
     _check_sizes(spec, model)
     training = build(TrainingConfig, sections["training"], "training")
-    return Arm(part.name, _label(part, point), spec, model, varied, build_task(sections["task"], "task"), training, places)
+    measure = build(MeasureConfig, sections["measure"], "measure")
+    if measure.throughput:
+        build(ThroughputConfig, measure.throughput, "measure.throughput")
+    task = build_task(sections["task"], "task")
+    return Arm(part.name, _label(part, point), spec, model, varied, task, training, measure, places)
 
 
-def _model(content: Mapping[str, Any], card: str) -> tuple[ModelConfig, dict[str, str]]:
+def resolve_model(content: Mapping[str, Any], card: str) -> tuple[ModelConfig, dict[str, str]]:
     """The study's settings of the model over its preset's, and what the preset varies for this card."""
     own = build(ModelConfig, content, "model")
     if not own.preset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from ...kernels import backends
 from ...recurrences.language_model import mlp_width
 from ...registry import origins
 from ...strict import plain
-from ..config import BOOKKEEPING, RESOLVED, Part, ResourcesConfig, Study
+from ..config import BOOKKEEPING, RESOLVED, MeasureConfig, Part, ResourcesConfig, Study
 from ..config.places import located
-from ..tasks import PreparedTask, Progress, effective, fingerprint, parts_of, prepare_task, task_class
+from ..evaluation import slice_names
+from ..tasks import PreparedTask, Progress, Split, effective, fingerprint, parts_of, prepare_task, task_class
 from .arms import Arm, check_model, expand
-from .measures import MEASURES, full_name, measured
+from .measures import MEASURES, full_name, measure_of, measured
 from .notes import notes_on, where
 
 HASH_DIGITS = 16
@@ -48,6 +49,8 @@ class PlannedPart:
     metric: str
     task: str
     parameters: Mapping[str, int]
+    rules: Mapping[str, float]
+    """Accuracy of guessing and of rules without learning, where the part compares the accuracy on one task's test split."""
 
 
 @dataclass
@@ -64,7 +67,15 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """The plan as the ledger keeps it: what `compare` needs to know of this launch."""
         parts = [
-            {"name": p.name, "arms": list(p.arms), "baseline": p.baseline, "metric": p.metric, "task": p.task} for p in self.parts
+            {
+                "name": p.name,
+                "arms": list(p.arms),
+                "baseline": p.baseline,
+                "metric": p.metric,
+                "task": p.task,
+                "rules": dict(p.rules),
+            }
+            for p in self.parts
         ]
         return {
             "study": self.study,
@@ -131,7 +142,9 @@ def _add_part(plan: Plan, part: Part, arms: list[Arm], data_of: list[PreparedTas
                 PlannedTrial(part.name, arm.name, seed, trial_hash, arm_hash, {**config, "seed": seed}, arm.spec.name, data)
             )
     names = tuple(first_name.values())
-    plan.parts.append(PlannedPart(part.name, names, _baseline(part, names), _metric(part, arms), arms[0].task.name, parameters))
+    metric = _metric(part, arms, data_of)
+    rules = _rules(metric, data_of)
+    plan.parts.append(PlannedPart(part.name, names, _baseline(part, names), metric, arms[0].task.name, parameters, rules))
     plan.notes += notes_on(part, kept, {data.vocab for data in data_of})
 
 
@@ -146,6 +159,7 @@ def _arm_config(arm: Arm, data: PreparedTask) -> dict[str, Any]:
         "model": model,
         "task": {**effective(arm.task), "digest": data.digest},
         "training": plain(arm.training),
+        **({} if arm.measure == MeasureConfig() else {"measure": plain(arm.measure)}),
         **({"plugins": foreign} if foreign else {}),
     }
 
@@ -184,16 +198,18 @@ def _baseline(part: Part, names: tuple[str, ...]) -> str:
     return part.baseline or names[0]
 
 
-def _metric(part: Part, arms: list[Arm]) -> str:
+def _metric(part: Part, arms: Sequence[Arm], data_of: Sequence[PreparedTask]) -> str:
     if part.metric:
         name = full_name(part.metric)
-        if name not in MEASURES:
+        if measure_of(name) is None:
             raise unknown("measurement", part.metric, MEASURES, part.places["metric"])
         without = next((arm.task for arm in arms if not measured(name, arm.task.metric)), None)
         if without is not None:
             raise UserError(
                 f"{part.places['metric']}: {name!r} is not measured on {without.name}, whose own metric is {without.metric}"
             )
+        for data in data_of:
+            _check_slices(name, data, part.places["metric"])
         return name
     metrics = {arm.task.metric for arm in arms}
     if len(metrics) > 1:
@@ -201,3 +217,25 @@ def _metric(part: Part, arms: list[Arm]) -> str:
             f"{where(part)}metric: the arms' tasks measure {sorted(metrics)}; say which to compare, or put each task in a part"
         )
     return full_name(metrics.pop())
+
+
+def _rules(metric: str, data_of: Sequence[PreparedTask]) -> dict[str, float]:
+    """What a model has to beat: nothing where arms have different data, for which the rules differ."""
+    if metric != "test/accuracy" or len({data.digest for data in data_of}) > 1:
+        return {}
+    data = data_of[0]
+    return {**({} if data.chance is None else {"chance": data.chance}), **data.baselines}
+
+
+def _check_slices(name: str, data: PreparedTask, place: str) -> None:
+    """The slices between `test/` and the measurement are among those that the task's data have."""
+    first, *between, _ = name.split("/")
+    if first != "test" or not between:
+        return
+    split: Split = data.test
+    if between[0] in data.probes:
+        split = data.probes[between[0]]
+        between = between[1:]
+    valid = [*data.probes, *slice_names(data.test)] if split is data.test else slice_names(split)
+    if len(between) > 1 or (between and between[0] not in slice_names(split)):
+        raise unknown("slice", between[-1], valid, place)

@@ -183,6 +183,12 @@ class MlflowWriter:
         )
         return runs[0] if runs else None
 
+    def log_files(self, run_id: str, files: Iterable[str]) -> None:
+        """Keep copies of these files as the run's artifacts; one of the same name is replaced, one that is gone is left out."""
+        for file in files:
+            if os.path.isfile(file):
+                self._call(self._client.log_artifact, run_id, file)
+
     def log_points(self, run_id: str, points: Iterable[tuple[str, int, float]]) -> None:
         """Add (name, step, value) to the run's curves; a (name, step) that it holds is left alone.
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deltalab.errors import UserError
 from deltalab.platform.config import BOOKKEEPING, ModelConfig, TrainingConfig, load_study
-from deltalab.platform.study import MEASURES, Plan, build_model, full_name, plan_study
+from deltalab.platform.study import MEASURES, Plan, build_model, full_name, measure_of, plan_study
 from deltalab.platform.study.measures import measured
 from deltalab.recurrences import spec_from_mapping
 from deltalab.strict import build, fields_of
@@ -152,6 +152,15 @@ OTHER: dict[str, dict[str, Any]] = {
         "block": {"skip": True},
     },
 }
+
+
+@pytest.mark.parametrize(
+    "path", ["measure.diagnostics=true", "measure.throughput={contexts: [64], batches: [1]}", "task.lengths=[2]"]
+)
+def test_what_is_measured_besides_is_in_the_hash_where_it_is_asked_for(path: str, plan: Any) -> None:
+    """A finished trial cannot have what it was not asked for."""
+    assert hashes(plan(None, [path])).isdisjoint(hashes(plan()))
+    assert hashes(plan(None, ["measure.diagnostics=false", "task.lengths=[1]", "task.probes=[]"])) == hashes(plan())
 
 
 def test_the_settings_tried_are_all_there_are() -> None:
@@ -342,4 +351,6 @@ def test_metrics_that_can_be_compared(metric: str, plan: Any) -> None:
 
 @given(st.text(max_size=20))
 def test_any_text_is_a_measurement_or_none(name: str) -> None:
-    assert full_name(name) in MEASURES or full_name(name) == name
+    assert full_name(name) in MEASURES or full_name(name) in (name, f"test/{name}")
+    found = measure_of(full_name(name))
+    assert found is None or found.help

@@ -52,7 +52,7 @@ def changed(changes: dict[Any, Any]) -> dict[str, Any]:
         *parents, last = path.split(".")
         inner = study
         for name in parents:
-            inner = inner[name]
+            inner = inner.setdefault(name, {})
         inner[last] = value
     return study
 

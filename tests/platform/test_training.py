@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from deltalab import registry
@@ -24,9 +23,7 @@ from deltalab.platform.training import (
     Diverged,
     Hardware,
     Interrupted,
-    Scores,
     Trainer,
-    evaluate,
     load_checkpoint,
     prepare_device,
     save_checkpoint,
@@ -294,43 +291,6 @@ def test_clip_zero_does_not_clip(data: PreparedTask, hardware: Hardware, tmp_pat
     wide, _ = trained(trainer_of(data, hardware, tmp_path / "1.pt", config=dataclasses.replace(CONFIG, clip=1e9)))
     tight, _ = trained(trainer_of(data, hardware, tmp_path / "2.pt", config=dataclasses.replace(CONFIG, clip=1e-3)))
     assert same(loose, wide) and not same(loose, tight)
-
-
-# ---------------------------------------------------------------------------------------------------------------- scores
-
-
-def test_scores_do_not_depend_on_the_batch(data: PreparedTask, hardware: Hardware) -> None:
-    model = model_of("gdn").eval()
-    whole = evaluate(model, data.test, hardware, 50, 1000)
-    for batch in (1, 7, 16, 49, 1000):
-        found = evaluate(model, data.test, hardware, batch, 1000)
-        assert (found.tokens, found.correct) == (whole.tokens, whole.correct) == (100, whole.correct)
-        assert found.loss == pytest.approx(whole.loss, abs=1e-6)
-    assert evaluate(model, data.test, hardware, 16, 10).tokens == 20
-
-
-def test_only_scored_positions_count(data: PreparedTask, hardware: Hardware) -> None:
-    model = model_of("gdn").eval()
-    inputs, targets = data.test.rows(np.arange(len(data.test)))
-    with torch.no_grad():
-        logits = model.logits(model.hidden(torch.from_numpy(inputs))[0])
-    wanted = torch.from_numpy(targets)
-    found = evaluate(model, data.test, hardware, 16, 1000)
-    assert found.loss == pytest.approx(
-        F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100).item(), abs=1e-5
-    )
-    scored = wanted != -100
-    assert found.correct == int((logits.argmax(-1) == wanted)[scored].sum())
-    assert found.tokens == int(scored.sum())
-
-
-def test_perplexity_and_bits_per_byte() -> None:
-    found = Scores(loss_sum=6.0, correct=1, tokens=4).measurements("test", "perplexity")
-    assert found == pytest.approx(
-        {"test/loss": 1.5, "test/accuracy": 0.25, "test/perplexity": math.exp(1.5), "test/bits_per_byte": 1.5 / math.log(2)}
-    )
-    assert set(Scores(6.0, 1, 4).measurements("validation", "accuracy")) == {"validation/loss", "validation/accuracy"}
-    assert math.isfinite(Scores(1e9, 0, 1).measurements("test", "perplexity")["test/perplexity"])
 
 
 # -------------------------------------------------------------------------------------------------------- a whole trial
