@@ -4,13 +4,16 @@
     from deltalab.kernels import delta_rule        # the one recurrence they all share
     from deltalab.recurrences import LanguageModel, Mixer
 
-Names are imported on first use, so that `import deltalab` costs nothing.
+Names are imported on first use, so that `import deltalab` costs nothing. It also lets transformers' Auto classes know the models
+that `deltalab export` writes.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
+
+from . import auto_models
 
 __version__ = "0.1.0"
 __all__ = ["LanguageModel", "Mixer", "UserError", "__version__", "delta_rule", "registry", "results"]
@@ -22,6 +25,9 @@ _HOMES = {
     "delta_rule": "deltalab.kernels",
     "results": "deltalab.platform.analysis",
 }
+
+
+auto_models.make_known()
 
 
 def __getattr__(name: str) -> Any:

@@ -34,10 +34,10 @@ def _run() -> None:
     from rich.markup import escape
 
     from ...errors import UserError
-    from . import bench, catalogue, certify, results, run, ui
+    from . import bench, catalogue, certify, evaluate, export, results, run, ui
     from .app import app
 
-    for module in (run, results, catalogue, certify, bench, ui):
+    for module in (run, results, catalogue, certify, bench, evaluate, export, ui):
         module.register(app)
     try:
         app(standalone_mode=True)

@@ -38,8 +38,9 @@ _ASKED = {
     "throughput/first_token_seconds": Measure("s", False, ".4f", "until the first token after a prefix"),
     "memory/decode_state_bytes": Measure("bytes", None, ",.0f", "the real state of one sequence after a prefix"),
     "diagnostics/": Measure("", None, ".4f", "what a layer does"),
+    "lm_eval/": Measure("", None, ".4f", "a task of lm-eval, with its version: lm_eval/TASK.vVERSION/METRIC"),
 }
-"""Beginnings of the names that a study's `measure` asks for."""
+"""Beginnings of the names that a study's `measure` and `deltalab eval` add."""
 GROUPS = (*dict.fromkeys(name.split("/")[0] for name in (*MEASURES, *_ASKED)),)
 
 

@@ -224,22 +224,26 @@ class Ledger:
         error: why it failed or diverged. backend: the kernel backend that served it.
         """
         _check(status, TrialEnd)
-        rows = [
-            {
-                "trial_id": trial_id,
-                "name": name,
-                "value": value,
-                "unit": (units or {}).get(name),
-                "context": (contexts or {}).get(name),
-            }
-            for name, value in measurements.items()
-        ]
+        rows = _measurement_rows(trial_id, measurements, units, contexts)
         values: dict[str, Any] = {"status": status, "finished_at": utc_now(), "error": error, "backend": backend}
         if status == "finished":
             values["step"] = Trial.total_steps
         with self._writing() as session:
             _update_one(session, Trial, trial_id, values)
             session.execute(delete(Measurement).where(Measurement.trial_id == trial_id))
+            _insert(session, Measurement, rows, keys=("trial_id", "name"), replace=("value", "unit", "context"))
+
+    def add_measurements(
+        self,
+        trial_id: int,
+        measurements: Mapping[str, float | None],
+        *,
+        units: Mapping[str, str] | None = None,
+        contexts: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Numbers that a finished trial gets later; those of the same name are replaced, the others stay."""
+        rows = _measurement_rows(trial_id, measurements, units, contexts)
+        with self._writing() as session:
             _insert(session, Measurement, rows, keys=("trial_id", "name"), replace=("value", "unit", "context"))
 
     def reset_trial(self, trial_id: int) -> None:
@@ -277,6 +281,24 @@ _PLAN_FIELDS = tuple(field.name for field in fields(TrialPlan))
 def _row(kind: type[_Row], entity: Launch | Trial) -> _Row:
     """A frozen copy of a database object: same names, no session behind it."""
     return kind(**{field.name: getattr(entity, field.name) for field in fields(kind)})
+
+
+def _measurement_rows(
+    trial_id: int,
+    measurements: Mapping[str, float | None],
+    units: Mapping[str, str] | None,
+    contexts: Mapping[str, Mapping[str, Any]] | None,
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "trial_id": trial_id,
+            "name": name,
+            "value": value,
+            "unit": (units or {}).get(name),
+            "context": (contexts or {}).get(name),
+        }
+        for name, value in measurements.items()
+    ]
 
 
 def _check(status: str, valid: Any) -> str:

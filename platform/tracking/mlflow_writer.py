@@ -227,6 +227,12 @@ class MlflowWriter:
         self._log_tags(run_id, fit_tags(every))
         self._call(self._client.set_terminated, run_id, _RUN_STATUS[status])
 
+    def add_measurements(self, run_id: str, measurements: Mapping[str, float], tags: Mapping[str, object]) -> None:
+        """Metrics and tags that an ended run gets later, after its last step; each call is a further step."""
+        last = max((step for _, step in self._run(run_id).written), default=0)
+        self.log_points(run_id, [(name, last + 1, value) for name, value in measurements.items()])
+        self._log_tags(run_id, fit_tags(dict(tags)))
+
     # ------------------------------------------------------------------------------------------------------------ parts
 
     def _experiment(self, study: str) -> str:
