@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from .. import plugins
 from ..errors import UserError, shown, unknown
 from ..strict import build, join, plain
-from . import plugins
 from .settings import QueryKey
 from .signals import Forget, GateOutput, Preconditioned, Step, Told
 

@@ -7,10 +7,10 @@ registry.load("my_card.yaml")                      # a card of your own
 registry.load("gdn gdn gdn softmax")               # a HybridSpec: a pattern of layers
 registry.add_folder("cards")                       # your cards, by name
 registry.presets.load("pdn-1b")                    # a Preset: the rest of a published language model
-registry.add_import("my_gates")                    # a module that registers components of your own
+registry.add_import("my_gates")                    # a module that registers components, or tasks, of your own
 """
 
-from ..recurrences import plugins as _plugins
+from .. import plugins as _plugins
 from . import presets
 from .compare import Difference, differences
 from .loader import load, read_card
@@ -19,7 +19,7 @@ from .sources import add_folder, names
 
 
 def add_import(module: str, where: str = "import") -> None:
-    """Use the components of a module (its name, or its Python file), in this process. `UserError` where it cannot be imported."""
+    """Use what a module (its name, or its Python file) registers, in this process. `UserError` where it cannot be imported."""
     _plugins.add([module], where)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import plugins
 from ..errors import UserError, shown, unknown
-from ..recurrences import AXES, About, HybridSpec, LayerSpec, MixerSpec, layers_of, plugins, spec_from_mapping, with_block
+from ..recurrences import AXES, About, HybridSpec, LayerSpec, MixerSpec, layers_of, spec_from_mapping, with_block
 from ..recurrences.spec import SPECS
 from ..strict import build, item, join
 from .sources import SUFFIXES, Card, read_card_file, sound

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import UserError
-from ..recurrences import MixerSpec, RecurrenceSpec, layers_of
+from ..plugins import check_same
+from ..recurrences import AXES, MixerSpec, RecurrenceSpec, layers_of
 from ..recurrences.component import origin
 
 
@@ -21,10 +21,4 @@ def origins(spec: MixerSpec) -> dict[str, str]:
 
 def check_origins(spec: MixerSpec, planned: Mapping[str, str]) -> None:
     """`UserError` where this process has other code for a component than the one that planned the trial."""
-    here = origins(spec)
-    for component in sorted({*here, *planned}):
-        if here.get(component) != planned.get(component):
-            raise UserError(
-                f"{component}: planned with {planned.get(component, 'deltalab')}, but this worker has "
-                f"{here.get(component, 'deltalab')}; install the same plug-in wherever trials run"
-            )
+    check_same(origins(spec), {what: whose for what, whose in planned.items() if what.split()[0] in AXES})

@@ -44,13 +44,15 @@ Registry = Annotated[
 Import = Annotated[
     list[str] | None,
     typer.Option(
-        "--import", metavar="MODULE", help="Module (or .py file) with components of your own. Repeatable; also $DELTALAB_IMPORT."
+        "--import",
+        metavar="MODULE",
+        help="Module (or .py file) with components or tasks of your own. Repeatable; also $DELTALAB_IMPORT.",
     ),
 ]
 
 
 def use(folders: list[str] | None, modules: list[str] | None) -> None:
-    """Make the cards of `--registry` and the components of `--import` known."""
+    """Make the cards of `--registry` and the components and tasks of `--import` known."""
     if folders or modules:
         from ... import registry
 

@@ -73,8 +73,8 @@ def _problems(kind: str) -> list[str]:
         from ...registry.sources import sources
 
         return sources().problems
-    if kind == "components":
-        from ...recurrences import plugins
+    if kind in ("components", "tasks"):
+        from ... import plugins
 
         return plugins.attempt()
     return []
@@ -82,7 +82,7 @@ def _problems(kind: str) -> list[str]:
 
 def _recurrences(columns: int) -> list[tuple[str, ...]]:
     """One line a card; what is wrong with one is said in full."""
-    from ...recurrences.plugins import attempt
+    from ...plugins import attempt
     from ...registry.loader import load_from
     from ...registry.sources import sources
 
@@ -139,9 +139,14 @@ def _presets() -> list[tuple[str, ...]]:
 
 def _tasks() -> list[tuple[str, ...]]:
     from ..tasks import task_class, task_names
+    from ..tasks.registry import origin
 
-    found = [task_class(name) for name in task_names()]
-    return [(cls.name, f"v{cls.version}", cls.summary, f"presets: {', '.join(cls.presets) or 'none'}") for cls in found]
+    rows: list[tuple[str, ...]] = []
+    for cls in map(task_class, task_names()):
+        whose = origin(cls)
+        summary = cls.summary + ("" if whose == "deltalab" else f"  [{whose}]")
+        rows.append((cls.name, f"v{cls.version}", summary, f"presets: {', '.join(cls.presets) or 'none'}"))
+    return rows
 
 
 def _studies() -> list[tuple[str, ...]]:
@@ -273,7 +278,8 @@ def _describe_rest(name: str, before: int, size: tuple[int, int], root: str | No
 
 def _unknown_name(name: str, root: str | None) -> UserError:
     """What could have been meant; and what is broken, since it may be just that."""
-    from ...recurrences import AXES, components, plugins
+    from ... import plugins
+    from ...recurrences import AXES, components
     from ...registry import presets
     from ...registry.sources import sources
     from ..config import study_names

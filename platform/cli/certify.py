@@ -1,4 +1,4 @@
-"""`deltalab certify`: the conformance suite on one's own cards and components."""
+"""`deltalab certify`: the conformance suite on one's own cards, components and tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 from .app import Import, Registry, console, use
 
 if TYPE_CHECKING:
-    from deltalab.tests.conformance.checks import Subject
+    from deltalab.tests.conformance.checks import Subject, TaskSubject
 
 
 def register(app: typer.Typer) -> None:
@@ -22,15 +22,18 @@ def register(app: typer.Typer) -> None:
 def certify(
     targets: Annotated[
         list[str],
-        typer.Argument(metavar="CARD|AXIS:NAME...", help="Cards (name, file, pattern) and components (gate:my_gate) to certify."),
+        typer.Argument(
+            metavar="CARD|AXIS:NAME|task:NAME...",
+            help="Cards (name, file, pattern), components (gate:my_gate) and tasks (task:my_task) to certify.",
+        ),
     ],
     registry: Registry = None,
     modules: Import = None,
 ) -> None:
-    """Check that a card or a component fulfils what every shipped one does.
+    """Check that a card, a component or a task fulfils what every shipped one does.
 
     In float64, on the CPU, in seconds: chunks equal the token loop, causality, decoding, gradients, initial values, numerics,
-    documentation. A component is put on a neutral card. What each check means: docs/COMPONENTS.md.
+    documentation. A component is put on a neutral card. A task: seeds, splits, targets, settings. More: docs/COMPONENTS.md.
 
     Examples:
 
@@ -41,6 +44,8 @@ def certify(
       deltalab certify 'gate:{name: my_gate, a: 0.5}' --import my_gates
 
       deltalab certify my_card --registry cards --import my_gates
+
+      deltalab certify 'task:{name: my_task, length: 64}' --import my_tasks
 
     Exit codes: 0 everything holds, 1 a check failed, 2 the input was wrong.
     """
@@ -59,9 +64,9 @@ def certify(
     out.print(f"[green]certified[/]: {escape(', '.join(subject.label for subject in subjects))}")
 
 
-def _certify(subject: Subject, out: Console) -> bool:
+def _certify(subject: Subject | TaskSubject, out: Console) -> bool:
     """Run and print every check of one subject; True where all hold."""
-    from deltalab.tests.conformance.checks import CheckError, checks_for, run_check
+    from deltalab.tests.conformance.checks import CheckError, checks_for, run_check, warnings_of
 
     out.print(f"[bold]{escape(subject.label)}[/]")
     sound = True
@@ -76,7 +81,7 @@ def _certify(subject: Subject, out: Console) -> bool:
                 out.print(f"          {escape(line)}", soft_wrap=True)
         else:
             out.print(f"  [green]holds[/]   {name:16}[dim]{escape(meaning)}[/]", soft_wrap=True)
-    for warning in subject.spec.warnings():
+    for warning in warnings_of(subject):
         out.print(f"  [yellow]warning[/] {escape(warning)}", soft_wrap=True)
     out.print()
     return sound

@@ -15,7 +15,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from ...recurrences import plugins
+from ... import plugins
 from ..config import DataRoot, ResourcesConfig, Study
 from ..study import Plan, PlannedTrial, measure_of, plan_study
 from ..tasks import Progress

@@ -14,13 +14,15 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from ...recurrences import plugins, spec_from_mapping
+from ... import plugins
+from ...recurrences import spec_from_mapping
 from ...registry import check_origins
 from ...strict import build
 from ..config import MeasureConfig, ModelConfig, TrainingConfig
 from ..evaluation import inspect, score
 from ..study import build_model
 from ..tasks import PreparedTask, build_task, prepare_task
+from ..tasks.registry import check_origin
 from ..training import Diverged, Interrupted, PeakMemory, Trainer, WrongKernel, pass_gate, prepare_device
 
 Points = list[tuple[str, int, float]]
@@ -95,12 +97,12 @@ def _alone(folder: Path, stop_file: str) -> Iterator[None]:
 
 
 def _run(job: Job, folder: Path, report: Callable[[int, Points], None]) -> Outcome:
+    plugins.adopt(job.imports)
     data, task_metric = _data(job)
     training = build(TrainingConfig, job.config["training"], "training")
     model_config = build(ModelConfig, job.config["model"], "model")
     hardware = prepare_device(job.threads, training.precision, model_config.width, job.gpus > 0)
     seed = job.config["seed"]
-    plugins.adopt(job.imports)
     spec = spec_from_mapping(job.config["recurrence"])
     check_origins(spec, job.config.get("plugins", {}))
     verified = pass_gate(spec, model_config.width, model_config.heads, training.backend, hardware.device, Path(job.cache))
@@ -156,6 +158,7 @@ def _data(job: Job) -> tuple[PreparedTask, str]:
     wanted = dict(job.config["task"])
     digest, version = wanted.pop("digest"), wanted.pop("version")
     task = build_task(wanted)
+    check_origin(task, job.config.get("plugins", {}))
     data = prepare_task(task, Path(job.cache))
     if (data.digest, data.version) != (digest, version):
         found = f"{data.digest} v{data.version}"

@@ -18,6 +18,7 @@ from ..config import BOOKKEEPING, RESOLVED, MeasureConfig, Part, ResourcesConfig
 from ..config.places import located
 from ..evaluation import slice_names
 from ..tasks import PreparedTask, Progress, Split, effective, fingerprint, parts_of, prepare_task, task_class
+from ..tasks.registry import origins as task_origins
 from .arms import Arm, check_model, expand
 from .measures import MEASURES, full_name, measure_of, measured
 from .notes import notes_on, where
@@ -153,7 +154,7 @@ def _arm_config(arm: Arm, data: PreparedTask) -> dict[str, Any]:
     model = {key: value for key, value in plain(arm.model).items() if key not in RESOLVED}  # its block is in the spec
     model["mlp_hidden"] = mlp_width(arm.model.width, arm.model.mlp_ratio, arm.model.mlp_hidden)
     # Other code is another experiment: a plug-in's package, version and digest are part of the trial.
-    foreign = origins(arm.spec)
+    foreign = {**origins(arm.spec), **task_origins(arm.task)}
     return {
         "recurrence": {"name": arm.spec.name, **arm.spec.effective()},
         "model": model,

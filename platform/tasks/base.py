@@ -54,6 +54,17 @@ class Faceted(Protocol):
         """Facet -> the bucket's number of every position, int64 [n, T], of the rows in `index` [n]; -1: in no bucket."""
 
 
+@runtime_checkable
+class Segmented(Protocol):
+    """A split whose rows hold several documents that know nothing of each other.
+
+    Where a document begins, a recurrence empties its state before it reads the token, and attention sees nothing earlier.
+    """
+
+    def starts(self, index: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool [n, T], of the rows in `index` [n]: true where a document begins; a row's own beginning is not marked."""
+
+
 @dataclass(frozen=True)
 class PreparedTask:
     """A task whose data lie on this machine.
@@ -96,7 +107,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool]
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     location: ClassVar[tuple[str, ...]] = ()
-    """Settings that say where data lie. A trial's hash leaves them out: the digest of the data stands for them."""
+    """Settings that say where data lie and how to read them. A trial's hash has the data's digest in their place."""
     Config: ClassVar[type[Any]]
 
     config: Any

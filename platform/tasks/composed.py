@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...errors import UserError
 from ...strict import build, item
-from .base import PreparedTask, Progress, Split, Task
+from .base import PreparedTask, Progress, Segmented, Split, Task
 from .composition import probe_name
 from .store import content_digest
 
@@ -41,18 +41,38 @@ class Joined:
         return int(self._ends[-1])
 
     def rows(self, index: Ints) -> tuple[Ints, Ints]:
-        """(inputs, targets) of rows of one part, as long as that part's are. `ValueError` for rows of several."""
+        """(inputs, targets) of rows of one part, as long as that part's are. `IndexError` for rows of several."""
+        part, index = self._part_of(index)
+        return part.rows(index)
+
+    def _part_of(self, index: Ints) -> tuple[Split, Ints]:
+        """The part that the rows are of, and their numbers in it."""
         index = np.asarray(index)
         which = np.unique(np.searchsorted(self._ends, index, side="right"))
         if len(which) != 1 or which[0] >= len(self.parts):
             raise IndexError(f"rows of one part of {[len(part) for part in self.parts]} are read at a time")
         part = int(which[0])
-        return self.parts[part].rows(index - (int(self._ends[part]) - len(self.parts[part])))
+        return self.parts[part], index - (int(self._ends[part]) - len(self.parts[part]))
+
+
+class SegmentedJoined(Joined):
+    """The same of splits whose rows hold several documents."""
+
+    def starts(self, index: Ints) -> NDArray[np.bool_]:
+        """As `Segmented.starts`, of rows of one part."""
+        part, index = self._part_of(index)
+        assert isinstance(part, Segmented)
+        return part.starts(index)
 
 
 def parts_of(split: Split) -> tuple[Split, ...]:
     """The parts of a joined split; of another one, itself."""
     return split.parts if isinstance(split, Joined) else (split,)
+
+
+def _join(parts: Sequence[Split], staged: bool) -> Joined:
+    segmented = all(isinstance(part, Segmented) for part in parts)
+    return (SegmentedJoined if segmented else Joined)(parts, staged)
 
 
 def prepare_task(task: Task, cache: Path, progress: Progress | None = None) -> PreparedTask:
@@ -68,8 +88,10 @@ def prepare_task(task: Task, cache: Path, progress: Progress | None = None) -> P
                 f"{task.path}: {what} has a vocabulary of {other.vocab}, the task's own setting one of {own.vocab}; one model "
                 "serves them all, so they must be the same"
             )
+        if other.details.get("tokenizer_sha256") != own.details.get("tokenizer_sha256"):
+            raise UserError(f"{task.path}: {what} trains a tokenizer on other text than the task itself does")
     digests = [own.digest, [stage.digest for stage in stages], {name: probe.digest for name, probe in probes.items()}]
-    train = Joined([stage.train for stage in stages], task.composition.order == "staged") if stages else own.train
+    train = _join([stage.train for stage in stages], task.composition.order == "staged") if stages else own.train
     return dataclasses.replace(
         own,
         train=train,

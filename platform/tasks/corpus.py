@@ -6,53 +6,62 @@
    than half its share (one huge document among small ones), the documents in reading order are one text, cut into three spans.
 3. The documents of a split are joined by one separator byte (0x00). Where the separators are is kept: they are never scored,
    while a zero byte that belongs to a document is.
+
+The corpus may be larger than memory: of a document, 17 bytes at most are held in it. Its hash lies in an index on disk.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from collections.abc import Iterator, Sequence
+import sqlite3
+from array import array
+from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UserError
 from .base import Progress
-from .documents import Document, quiet_datasets, read_documents
+from .documents import Document, HubDocuments, quiet_datasets, read_documents
 from .sources import Listing, Source
-from .store import Writer
+from .store import ArrayFile, Writer
 
 SPLITS = ("train", "validation", "test")
 SEPARATOR = 0
 _FEW = 20  # documents: with fewer, 5 % of them is less than one
 _CHUNK = 1 << 24
+_BLOCK = 1 << 16  # documents looked at together
 
+Ints = NDArray[np.int64]
 Span = tuple[int, int]
 """A stretch of the scratch file: all or part of one document."""
 
 
-@dataclass
 class Spool:
-    """The documents read so far, one behind the other in a scratch file."""
+    """The documents read so far, one behind the other in a scratch file, each once.
 
-    file: IO[bytes]
-    limit: int
-    """Bytes to keep at most; 0 is no limit."""
+    `limit`: bytes to keep at most; 0 is no limit. `ends` [n]: where each document ends.
+    """
 
-    def __post_init__(self) -> None:
-        self.spans: list[Span] = []
-        self.hashes: list[bytes] = []
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.file = open(folder / "documents", "w+b")  # noqa: SIM115 (closed by `close`)
+        self.limit = limit
+        self.ends = array("q")
         self.repeated = self.empty = 0
-        self._known: set[bytes] = set()
+        self._index = sqlite3.connect(folder / "index", isolation_level=None)
+        for pragma in ("journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE", "cache_size = -65536"):
+            self._index.execute(f"PRAGMA {pragma}")
+        self._index.execute("CREATE TABLE documents (hash BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
+        self._index.execute("BEGIN")
 
     @property
     def size(self) -> int:
         """Bytes kept."""
-        return self.spans[-1][1] if self.spans else 0
+        return self.ends[-1] if self.ends else 0
 
     @property
     def full(self) -> bool:
@@ -73,77 +82,94 @@ class Spool:
                 break
         if end == start:
             self.empty += 1
-        elif digest.digest() in self._known:
-            self.repeated += 1  # the next document overwrites it
+        elif self._index.execute("INSERT OR IGNORE INTO documents VALUES (?, ?)", (digest.digest(), len(self.ends))).rowcount:
+            self.ends.append(end)
         else:
-            self._known.add(digest.digest())
-            self.hashes.append(digest.digest())
-            self.spans.append((start, end))
+            self.repeated += 1  # the next document overwrites it
+
+    def by_hash(self) -> Iterator[int]:
+        """The numbers of the documents in the order of their SHA-256."""
+        return (number for (number,) in self._index.execute("SELECT number FROM documents ORDER BY hash"))
+
+    def close(self) -> None:
+        """Close both files."""
+        self._index.close()
+        self.file.close()
 
 
 def write_corpus(
     writer: Writer, listing: Listing, column: str, max_bytes: int, path: str, progress: Progress | None
 ) -> dict[str, Any]:
-    """Read the files of `listing` and write `<split>.text` (uint8) and `<split>.separators` (int64 positions); returns the facts.
+    """Read what is listed and write `<split>.text` (uint8) and `<split>.separators` (int64 positions); returns the facts.
 
     `path` is where the task stands in the study, for messages. `UserError` if a file cannot be read or there is no text at all.
     """
-    with open(writer.scratch / "documents", "w+b") as file:
-        spool = Spool(file, max_bytes)
-        _read(spool, listing, column, path, progress)
-        if not spool.spans:
-            what = "is empty" if len(listing.sources) == 1 else f"holds no text: its {len(listing.sources)} files are empty"
-            raise UserError(f"{path}.corpus: {listing.corpus!r} {what}")
-        by_document = divide_documents([stop - start for start, stop in spool.spans], spool.hashes)
-        parts = cut_text(spool.spans) if by_document is None else _gather(spool.spans, by_document)
-        for split, spans in zip(SPLITS, parts, strict=True):
-            _write_split(writer, split, spans, file)
-    return {
-        "files": len(listing.sources),
-        "files_left_out_as_binary": listing.binary,
-        "documents": {split: len(spans) for split, spans in zip(SPLITS, parts, strict=True)},
-        "text_bytes": {split: sum(stop - start for start, stop in spans) for split, spans in zip(SPLITS, parts, strict=True)},
-        "divided_by": "spans" if by_document is None else "documents",
-        "documents_read": len(spool.spans),
-        "repeated_documents_dropped": spool.repeated,
-        "empty_documents_dropped": spool.empty,
-    }
+    tell = progress or (lambda *_: None)
+    try:
+        with closing(Spool(writer.scratch, max_bytes)) as spool:
+            facts = _read_hub(spool, listing, column, path, tell) if listing.hub else _read(spool, listing, column, path, tell)
+            if not spool.ends:
+                whole = listing.hub or len(listing.sources) == 1
+                what = "is empty" if whole else f"holds no text: its {len(listing.sources)} files are empty"
+                raise UserError(f"{path}.corpus: {listing.corpus!r} {what}")
+            return facts | _write_splits(writer, spool, tell)
+    except sqlite3.Error as error:  # the index is on the same disk as everything else
+        raise OSError(errno.EIO, f"the index of documents failed: {error}") from error
 
 
-def divide_documents(sizes: Sequence[int], hashes: Sequence[bytes]) -> NDArray[np.int8] | None:
+def divide_documents(sizes: Ints, by_hash: Iterable[int]) -> NDArray[np.int8] | None:
     """The split (0, 1, 2) of each document, or None where the documents cannot be shared out (see the module's step 2)."""
     if len(sizes) < _FEW:
         return None
-    share = -(-sum(sizes) // 20)
+    share = -(-int(sizes.sum()) // 20)
     room = [0, share, share]
     split = np.zeros(len(sizes), dtype=np.int8)
-    for document in sorted(range(len(sizes)), key=hashes.__getitem__):
+    for document in by_hash:
+        size = int(sizes[document])
         for candidate in (1, 2):
-            if sizes[document] <= room[candidate]:
-                room[candidate] -= sizes[document]
+            if size <= room[candidate]:
+                room[candidate] -= size
                 split[document] = candidate
                 break
     return split if max(room) <= share / 2 else None
 
 
-def cut_text(spans: Sequence[Span]) -> list[list[Span]]:
-    """The text cut at 90 and 95 % of its bytes. The spans follow each other without gaps, from 0."""
-    total = spans[-1][1]
-    bounds = (0, total - 2 * (total // 20), total - total // 20, total)
-    parts: list[list[Span]] = []
-    for first, last in pairwise(bounds):
-        overlaps = ((max(start, first), min(stop, last)) for start, stop in spans)
-        parts.append([(start, stop) for start, stop in overlaps if start < stop])
-    return parts
+def bounds_of(total: int) -> tuple[int, int, int, int]:
+    """Where a text is cut into three spans: at 90 and 95 % of its bytes."""
+    return (0, total - 2 * (total // 20), total - total // 20, total)
 
 
-def _gather(spans: Sequence[Span], split: NDArray[np.int8]) -> list[list[Span]]:
-    return [[spans[document] for document in np.flatnonzero(split == which).tolist()] for which in range(len(SPLITS))]
+def spans_of(ends: Ints, which: int, split: NDArray[np.int8] | None) -> Iterator[list[Span]]:
+    """The stretches of one split in reading order, some at a time: whole documents by `split`, or what lies in its bounds."""
+    first, last = (0, int(ends[-1])) if split is not None else bounds_of(int(ends[-1]))[which : which + 2]
+    start = 0
+    for block in range(0, len(ends), _BLOCK):
+        stops = ends[block : block + _BLOCK]
+        starts = np.concatenate([[start], stops[:-1]])
+        start = int(stops[-1])
+        wanted = (stops > first) & (starts < last) if split is None else split[block : block + _BLOCK] == which
+        yield list(zip(np.maximum(starts[wanted], first).tolist(), np.minimum(stops[wanted], last).tolist(), strict=True))
 
 
-def _read(spool: Spool, listing: Listing, column: str, path: str, progress: Progress | None) -> None:
+def _read_hub(spool: Spool, listing: Listing, column: str, path: str, tell: Progress) -> dict[str, Any]:
+    assert listing.hub is not None
+    documents = HubDocuments(listing.hub, column, path)
+    told = 0
+    with quiet_datasets(network=True), closing(iter(documents)) as stream:
+        tell("reading text from the Hub", 0, spool.limit)
+        for document in stream:
+            spool.add(document)
+            if spool.full:
+                break
+            if spool.size - told > _CHUNK >> 4:
+                told = spool.size
+                tell("reading text from the Hub", told, spool.limit)
+    tell("reading text from the Hub", spool.limit, spool.limit)
+    return {"hub_commit": documents.commit}
+
+
+def _read(spool: Spool, listing: Listing, column: str, path: str, tell: Progress) -> dict[str, Any]:
     done = told = 0
-    tell = progress or (lambda *_: None)
     rows = any(source.kind != "text" for source in listing.sources)
     with quiet_datasets() if rows else nullcontext():
         for source in _reading_order(listing, spool.limit):
@@ -160,6 +186,7 @@ def _read(spool: Spool, listing: Listing, column: str, path: str, progress: Prog
             done += source.size
             tell("reading text", done, listing.size)
     tell("reading text", listing.size, listing.size)
+    return {"files": len(listing.sources), "files_left_out_as_binary": listing.binary}
 
 
 def _reading_order(listing: Listing, limit: int) -> Iterator[Source]:
@@ -171,16 +198,54 @@ def _reading_order(listing: Listing, limit: int) -> Iterator[Source]:
     )
 
 
-def _write_split(writer: Writer, split: str, spans: Sequence[Span], file: IO[bytes]) -> None:
-    sizes = np.array([stop - start for start, stop in spans], dtype=np.int64)
-    separators = (np.cumsum(sizes) + np.arange(len(sizes)))[:-1]
-    writer.create(f"{split}.separators", np.int64, separators.shape).append(separators)
-    text = writer.create(f"{split}.text", np.uint8, (int(sizes.sum()) + len(separators),))
-    for number, (start, stop) in enumerate(spans):
-        if number:
-            text.append(np.array([SEPARATOR], dtype=np.uint8))
-        file.seek(start)
-        while start < stop:
-            piece = file.read(min(_CHUNK, stop - start))
+def _write_splits(writer: Writer, spool: Spool, tell: Progress) -> dict[str, Any]:
+    ends = np.frombuffer(spool.ends, dtype=np.int64)
+    split = divide_documents(np.diff(ends, prepend=0), spool.by_hash())
+    documents: dict[str, int] = {}
+    text_bytes: dict[str, int] = {}
+    written = 0
+    for which, name in enumerate(SPLITS):
+        count = size = 0
+        for spans in spans_of(ends, which, split):
+            count += len(spans)
+            size += sum(stop - start for start, stop in spans)
+        documents[name], text_bytes[name] = count, size
+        separators = writer.create(f"{name}.separators", np.int64, (max(0, count - 1),))
+        text = writer.create(f"{name}.text", np.uint8, (size + max(0, count - 1),))
+        for piece in _joined(spans_of(ends, which, split), spool, separators):
             text.append(np.frombuffer(piece, dtype=np.uint8))
-            start += len(piece)
+            written += len(piece)
+            tell("dividing text", min(written, spool.size), spool.size)
+    tell("dividing text", spool.size, spool.size)
+    return {
+        "documents": documents,
+        "text_bytes": text_bytes,
+        "divided_by": "spans" if split is None else "documents",
+        "documents_read": len(ends),
+        "repeated_documents_dropped": spool.repeated,
+        "empty_documents_dropped": spool.empty,
+    }
+
+
+def _joined(blocks: Iterable[list[Span]], spool: Spool, separators: ArrayFile) -> Iterator[bytes]:
+    """The text of the spans with a separator between each two, in pieces of about `_CHUNK`; the separators' positions as well."""
+    held: list[bytes] = []
+    joints: list[int] = []
+    size = position = 0
+    for number, (start, stop) in enumerate(span for spans in blocks for span in spans):
+        if number:
+            joints.append(position)
+            held.append(bytes([SEPARATOR]))
+            position += 1
+        position += stop - start
+        spool.file.seek(start)
+        while start < stop:
+            held.append(spool.file.read(min(_CHUNK, stop - start)))
+            start += len(held[-1])
+            size += len(held[-1])
+            if size >= _CHUNK:
+                yield b"".join(held)
+                separators.append(np.array(joints, dtype=np.int64))
+                held, joints, size = [], [], 0
+    yield b"".join(held)
+    separators.append(np.array(joints, dtype=np.int64))

@@ -1,8 +1,8 @@
-"""The documents inside one file, as bytes.
+"""The documents inside one file or one split of the Hub, as bytes.
 
 A text file is one document and its bytes are taken as they are: Hugging Face `datasets` has a text reader, but it decodes and
 translates line ends, so the bytes would not be the file's. Rows of JSONL and Parquet files are read through `datasets` (streamed:
-no copy of the data is written), a row's text column being one document, encoded as UTF-8.
+no copy of the data is written), a row's text column being one document, encoded as UTF-8; so are datasets on the Hub.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, nearest
-from .sources import Source, reason
+from .hub import HubError, offline, resolve
+from .sources import HubSplit, Source, reason
 
 _CHUNK = 1 << 24
 _WHOLE = 1 << 26  # bytes of a JSONL file that are parsed in one piece
@@ -35,7 +36,7 @@ def read_documents(source: Source, column: str, path: str) -> Generator[Document
         return
     try:
         for row in _rows(source):
-            yield (_text(row, column, source, path),)
+            yield (_text(row, column, str(source.path), path),)
     except UserError:
         raise
     except Exception as error:  # pyarrow, pandas and datasets each raise their own kinds
@@ -45,14 +46,47 @@ def read_documents(source: Source, column: str, path: str) -> Generator[Document
         raise UserError(f"{path}.corpus: the file {str(source.path)!r} cannot be read: {fault}") from error
 
 
+class HubDocuments:
+    """The documents of a split of the Hub, in its order, as they arrive; `commit` is known once the Hub was asked."""
+
+    def __init__(self, hub: HubSplit, column: str, path: str) -> None:
+        self._hub, self._column, self._path = hub, column, path
+        self.commit = ""
+
+    def __iter__(self) -> Generator[Document, None, None]:
+        """`UserError` naming `path`.corpus, .hub_config, .hub_split or .column if it cannot be read."""
+        import datasets
+
+        hub, path = self._hub, self._path
+        try:
+            self.commit = "" if offline() else resolve(hub.name, "dataset")
+            rows = datasets.load_dataset(
+                hub.name.repo, hub.config or None, split=hub.split, revision=self.commit or hub.name.revision, streaming=True
+            )
+            for row in rows:
+                yield (_text(row, self._column, str(hub), path),)
+        except UserError:
+            raise
+        except Exception as error:  # each reader and the HTTP client raise their own kinds
+            words = str(error) if isinstance(error, HubError) else _before_code(error)
+            if offline() and isinstance(error, ConnectionError):
+                words = "HF_HUB_OFFLINE is set, and it is not in the cache of `datasets`"
+            field = "corpus"
+            if isinstance(error, ValueError) and "config" in words.lower():
+                field = "hub_config"
+            elif isinstance(error, ValueError) and "split" in words.lower():
+                field = "hub_split"
+            raise UserError(f"{path}.{field}: {str(hub)!r} cannot be read: {words}") from error
+
+
 @contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Within it, `datasets` neither logs nor draws, and does not report to its makers which reader is used."""
+def quiet_datasets(network: bool = False) -> Iterator[None]:
+    """Within it, `datasets` neither logs nor draws, and without `network` does not report to its makers which reader is used."""
     import datasets
 
     offline, level = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()
     bars = datasets.are_progress_bars_disabled()
-    datasets.config.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = offline or not network
     datasets.logging.set_verbosity(logging.CRITICAL + 1)
     datasets.disable_progress_bars()
     try:
@@ -98,20 +132,23 @@ def _options(source: Source) -> dict[str, Any]:
     return options
 
 
-def _text(row: Mapping[str, Any], column: str, source: Source, path: str) -> bytes:
+def _text(row: Mapping[str, Any], column: str, where: str, path: str) -> bytes:
     if column not in row:
         close = nearest(column, row)
         meant = f" Did you mean {close!r}?" if close else ""
         columns = ", ".join(map(str, row))
-        raise UserError(f"{path}.column: {column!r} is not a column of {str(source.path)!r}.{meant} Columns: {columns}")
+        raise UserError(f"{path}.column: {column!r} is not a column of {where!r}.{meant} Columns: {columns}")
     value = row[column]
     if value is None:
         return b""
     if not isinstance(value, str):
-        raise UserError(
-            f"{path}.column: {column!r} of {str(source.path)!r} is not text: it holds {value!r:.60} ({type(value).__name__})"
-        )
+        raise UserError(f"{path}.column: {column!r} of {where!r} is not text: it holds {value!r:.60} ({type(value).__name__})")
     return value.encode("utf-8", "surrogatepass")
+
+
+def _before_code(error: Exception) -> str:
+    """A message in one line, without the example of code that `datasets` ends it with."""
+    return " ".join(str(error).partition("Example of usage")[0].split()) or type(error).__name__
 
 
 def _fault(source: Source, error: Exception) -> str | None:

@@ -6,6 +6,8 @@ function takes numbers in [0, 1) and gives one row of choices for each of their 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,8 +21,8 @@ def uniform(words: Words) -> Floats:
     return ((words >> np.uint64(11)) * 2.0**-53).astype(np.float64, copy=False)
 
 
-def integers(numbers: Floats, n: int) -> Ints:
-    """0 .. n - 1, equally likely, independent of each other. Any shape."""
+def integers(numbers: Floats, n: int | Ints) -> Ints:
+    """0 .. n - 1, equally likely, independent of each other. Any shape, and an `n` for each or for all."""
     return (numbers * n).astype(np.int64)
 
 
@@ -56,11 +58,13 @@ def weighted_distinct(numbers: Floats, weights: Floats, p: int) -> Ints:
 
 
 def avoiding(numbers: Floats, taken: Ints, n: int) -> Ints:
-    """Numbers equally likely among those of 0 .. n - 1 that are not in their row of `taken` [rows, m], whose entries differ.
+    """Numbers equally likely among those of 0 .. n - 1 that are not in their row of `taken` [rows, m], whose entries differ."""
+    return stepping_over((numbers * (n - taken.shape[1])).astype(np.int32), taken)
 
-    The r-th such number is found by stepping over the taken ones.
-    """
-    found: NDArray[np.int32] = (numbers * (n - taken.shape[1])).astype(np.int32)
+
+def stepping_over(ranks: NDArray[np.integer[Any]], taken: Ints) -> Ints:
+    """The r-th of the numbers that are not in their row of `taken` [rows, m], for each r in `ranks` [rows, p]."""
+    found = ranks.copy()
     for one in np.sort(taken, axis=1).T:
         found += found >= one[:, None]
     return found.astype(np.int64)

@@ -1,126 +1,151 @@
-"""`lm`: predict the next byte of real text.
+"""`lm`: predict the next token of real text.
 
-A split of n bytes is (n - 1) // T rows of T = `length` positions: row i reads bytes i T .. i T + T - 1 and its targets are the
-bytes one further on, so every byte but the first is a target once, up to a tail shorter than a row. Documents are joined by a
-zero byte, which the model reads as "something else begins" and which is never a target (`IGNORE`): perplexity and bits per byte
-are over the documents' own bytes. There is no padding. The vocabulary is the 256 bytes; one token is one byte.
+A token is a byte (the default), or what a tokenizer makes of the text (`tokenizers`). Documents are joined by a separator, which
+is never scored: perplexity and bits per byte are over the documents' own text. Bits per byte compare across tokenizers.
+Rows of `length` tokens are cut from the joined documents without padding (`packing`).
 
-How files become documents and documents splits: `sources`, `documents` and `corpus`. What was read is cached under the listing of
-its files (names, sizes, times of modification), for any `length`; the digest is of the content alone.
+How files become documents and documents splits: `sources`, `documents`, `corpus`; how text becomes tokens: `tokenise`. Bytes,
+tokenizer and tokens are cached apart, for any `length`, under the listing of the files (names, sizes, times of modification) and
+what the tokenizer is; the digest is of the content alone.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...errors import UserError
-from .base import IGNORE, PreparedTask, Progress, Task
+from ...strict import option
+from .base import PreparedTask, Progress, Task
 from .corpus import SEPARATOR, SPLITS, write_corpus
+from .hub import PREFIX
+from .packing import PACKINGS, SegmentedTextSplit, TextSplit
 from .registry import register
-from .sources import STDLIB, Listing, list_sources
-from .store import Array, Writer, content_digest, obtain
+from .sources import STDLIB, Listing, list_hub, list_sources
+from .store import Stored, Writer, content_digest, obtain
+from .tokenise import Documents, Encoder, training_texts, write_tokens
+from .tokenizer_choice import DEFAULT_VOCAB, TokenizerChoice
+from .tokenizers import BPE, BYTES, open_tokenizer, store_tokenizer
 
-Ints = NDArray[np.int64]
+LARGEST_VOCAB = 1 << 20
 
 
 @dataclass(frozen=True)
 class LmConfig:
     """The settings of `lm`."""
 
-    corpus: str = field(
-        default=STDLIB, metadata={"help": f"{STDLIB} (on every machine), or a path: a text, JSONL or Parquet file, or a folder"}
+    corpus: str = option(
+        STDLIB,
+        f"{STDLIB} (on every machine), a path (text, JSONL or Parquet file, or a folder), or hub:OWNER/NAME[@REVISION]",
     )
-    length: int = field(default=256, metadata={"help": "bytes of a row", "min": 2, "max": 1 << 20})
-    column: str = field(default="text", metadata={"help": "the column of JSONL and Parquet files that holds the text"})
-    max_bytes: int = field(default=0, metadata={"help": "read at most that many bytes of text; 0 reads all", "min": 0})
-
-
-class LmSplit:
-    """Windows over the bytes of a split [n]; `separators` are the positions of the bytes that only join documents, ascending."""
-
-    def __init__(self, text: Array, separators: Array, length: int) -> None:
-        count = max(0, (len(text) - 1) // length)
-        stride = text.strides[0] if count else 1
-        self.length = length
-        self._windows = np.lib.stride_tricks.as_strided(
-            text, shape=(count, length + 1), strides=(length * stride, stride), writeable=False
-        )
-        self._separators = np.asarray(separators)
-
-    def __len__(self) -> int:
-        return int(self._windows.shape[0])
-
-    def rows(self, index: Ints) -> tuple[Ints, Ints]:
-        """(inputs, targets), int64 [n, T]: bytes, and the bytes that follow them; IGNORE where a separator follows."""
-        window = np.asarray(self._windows[index], dtype=np.int64)
-        inputs, targets = window[:, :-1].copy(), window[:, 1:].copy()
-        row, column = np.nonzero(targets == SEPARATOR)
-        if len(row) and len(self._separators):
-            position = (np.asarray(index) % len(self))[row] * self.length + column + 1
-            found = np.minimum(np.searchsorted(self._separators, position), len(self._separators) - 1)
-            joint = self._separators[found] == position
-            targets[row[joint], column[joint]] = IGNORE
-        return inputs, targets
+    length: int = option(256, "tokens of a row", min=2, max=1 << 20)
+    column: str = option("text", "the column of JSONL and Parquet files, or of a dataset on the Hub, that holds the text")
+    max_bytes: int = option(0, "read at most that many bytes of text; 0 reads all (not of a dataset on the Hub)", min=0)
+    tokenizer: str = option(
+        BYTES, f"{BYTES}, {BPE} (trained on the training split), a tokenizer.json, or hub:OWNER/NAME[@REVISION]"
+    )
+    vocab: int = option(0, f"tokens of a trained {BPE}; 0: {DEFAULT_VOCAB}", min=0, max=LARGEST_VOCAB)
+    packing: str = option("joined", "whether the state runs on from document to document or is reset", choices=PACKINGS)
+    hub_config: str = option("", "the configuration of a dataset on the Hub that has several")
+    hub_split: str = option("train", "the split of a dataset on the Hub that is read, and divided into our three")
 
 
 @register
 class LmTask(Task):
-    """Next-byte prediction on the sources of Python's standard library, or on the user's own text."""
+    """Next-token prediction on the sources of Python's standard library, on the user's own text, or on a dataset of the Hub."""
 
     name: ClassVar[str] = "lm"
     version: ClassVar[int] = 1
-    summary: ClassVar[str] = f"next-byte prediction on real text: {STDLIB}, or your own file or folder"
+    summary: ClassVar[str] = f"next-token prediction on real text: {STDLIB}, your own files, or a dataset of the Hub"
     metric: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
     presets: ClassVar = {"quick": {"corpus": STDLIB, "length": 256}}
-    location: ClassVar = ("corpus",)
+    location: ClassVar = ("corpus", "hub_config", "hub_split", "tokenizer", "vocab", "packing")
     Config = LmConfig
 
     config: LmConfig
 
     def __init__(self, config: LmConfig, path: str = "task") -> None:
         """A path is made absolute at once: a worker that builds the task again may stand in another folder."""
-        place = os.path.expanduser(config.corpus)
-        if config.corpus != STDLIB and os.path.exists(place):
-            config = replace(config, corpus=os.path.abspath(place))
+        for key, words in (("corpus", (STDLIB,)), ("tokenizer", (BYTES, BPE))):
+            given = getattr(config, key)
+            place = os.path.expanduser(given)
+            if given not in words and not given.startswith(PREFIX) and os.path.exists(place):
+                config = replace(config, **{key: os.path.abspath(place)})
         super().__init__(config, path)
+        self._choice = TokenizerChoice(config.tokenizer, config.vocab, path)
+        self._choice.check()
+        hub = config.corpus.startswith(PREFIX)
+        if hub and not config.max_bytes:
+            raise UserError(f"{path}.max_bytes: missing; say how many bytes of {config.corpus!r} to read, such as 1_000_000_000")
+        for key in () if hub else ("hub_config", "hub_split"):
+            if getattr(config, key) != getattr(LmConfig, key):
+                raise UserError(
+                    f"{path}.{key}: {getattr(config, key)!r} changes nothing: {config.corpus!r} is not on the Hub ({PREFIX}...)"
+                )
 
     def fingerprint(self) -> str:
-        """Of the settings, the version, and the listing of the corpus's files. `UserError` if the corpus is not there."""
-        return content_digest({"data": self._key(self._list()), "length": self.config.length})
+        """Of the settings, the version, and the listing of the corpus. `UserError` if corpus or tokenizer is not there."""
+        parts = {"data": self._key(self._list()), "length": self.config.length}
+        if self.config.tokenizer != BYTES:
+            parts["tokenizer"] = self._choice.identity()
+        if self.config.packing != PACKINGS[0]:
+            parts["packing"] = self.config.packing
+        return content_digest(parts)
 
     def prepare(self, cache: Path, progress: Progress | None = None) -> PreparedTask:
-        """Read the corpus, or memory-map what was read before from the same files. `UserError` if it cannot be used."""
-        listing = self._list()
-        stored = obtain(cache, f"{self.name}-{self._key(listing)}", lambda writer: self._build(writer, listing, progress))
+        """Read and tokenise the corpus, or memory-map what was read before. `UserError` if it cannot be used."""
+        tell = progress or (lambda *_: None)
+        listing, choice = self._list(), self._choice
+        given = choice.tokenizer != BYTES and not choice.trained
+        tokenizer = self._store_tokenizer(cache, tell) if given else None  # first: a corpus may take hours to read
+        key = f"{self.name}-{self._key(listing)}"
+        corpus = obtain(cache, key, lambda writer: self._build(writer, listing, progress), progress)
+        if choice.tokenizer == BYTES:
+            return self._prepared(corpus, "text", SEPARATOR, None, corpus.facts)
+        return self._tokenised(cache, corpus, *(tokenizer or self._store_tokenizer(cache, tell, corpus)), tell)
+
+    def _prepared(self, stored: Stored, unit: str, separator: int, token_bytes: Any, facts: Mapping[str, Any]) -> PreparedTask:
+        """The rows over the stored text or tokens."""
+        kind = TextSplit if self.config.packing == "joined" else SegmentedTextSplit
         length = self.config.length
         splits = {
-            split: LmSplit(stored.arrays[f"{split}.text"], stored.arrays[f"{split}.separators"], length) for split in SPLITS
+            split: kind(stored.arrays[f"{split}.{unit}"], stored.arrays[f"{split}.separators"], length, separator)
+            for split in SPLITS
         }
-        sizes = {split: len(stored.arrays[f"{split}.text"]) for split in SPLITS}
-        self._check_sizes(sizes)
+        self._check_sizes(
+            {split: len(stored.arrays[f"{split}.{unit}"]) for split in SPLITS}, "bytes" if unit == "text" else "tokens"
+        )
+        content = {"task": self.name, "version": self.version, "content": stored.digest}
+        if kind is SegmentedTextSplit:
+            content["packing"] = self.config.packing
         return PreparedTask(
             name=self.name,
             version=self.version,
             train=splits["train"],
             validation=splits["validation"],
             test=splits["test"],
-            vocab=256,
+            vocab=256 if token_bytes is None else len(token_bytes),
             length=length,
-            digest=content_digest({"task": self.name, "version": self.version, "content": stored.digest}),
+            digest=content_digest(content),
             chance=None,
-            details={**stored.facts, "rows": {split: len(rows) for split, rows in splits.items()}},
+            details={**facts, "rows": {split: len(rows) for split, rows in splits.items()}},
+            token_bytes=None if token_bytes is None else np.asarray(token_bytes),
         )
 
+    # ------------------------------------------------------------------------------------------------------------ the corpus
+
     def _list(self) -> Listing:
-        return list_sources(self.config.corpus, f"{self.path}.corpus")
+        c = self.config
+        if c.corpus.startswith(PREFIX):
+            return list_hub(c.corpus, c.hub_config, c.hub_split, f"{self.path}.corpus")
+        return list_sources(c.corpus, f"{self.path}.corpus")
 
     def _key(self, listing: Listing) -> str:
         """What the stored bytes depend on; the length is not among it."""
@@ -138,16 +163,51 @@ class LmTask(Task):
         python = {"python": platform.python_version()} if self.config.corpus == STDLIB else {}
         return {"source": listing.description, "tokenizer": "bytes", "bytes_per_token": 1, **python, **facts}
 
-    def _check_sizes(self, sizes: dict[str, int]) -> None:
-        """Each split must hold one row, T + 1 bytes."""
+    # ------------------------------------------------------------------------------------------------------------ its tokens
+
+    def _store_tokenizer(self, cache: Path, tell: Progress, corpus: Stored | None = None) -> tuple[str, dict[str, Any]]:
+        """(its key in the cache, facts) of the tokenizer asked for; `corpus` is what a trained one learns from."""
+
+        def texts() -> Iterator[str]:
+            assert corpus is not None
+            return training_texts(Documents(corpus, "train", True, self._choice.where), tell)
+
+        def make(writer: Writer) -> dict[str, Any]:
+            content, end, facts = self._choice.make(texts, tell)
+            return facts | store_tokenizer(writer, content, end)
+
+        learnt_from = corpus.digest if corpus else None
+        key = content_digest({"tokenizer": self._choice.identity(), "version": self.version, "corpus": learnt_from})
+        return f"tokenizer-{key}", dict(obtain(cache, f"tokenizer-{key}", make, tell).facts)
+
+    def _tokenised(
+        self, cache: Path, corpus: Stored, tokenizer_key: str, known: Mapping[str, Any], tell: Progress
+    ) -> PreparedTask:
+        """The corpus in the tokens of a tokenizer that is kept in the cache; `known`: its facts."""
+        cut = corpus.facts["divided_by"] == "spans" or self.config.max_bytes > 0
+        tokenizer = open_tokenizer(tokenizer_key, cache)
+
+        def tokenise(writer: Writer) -> dict[str, Any]:
+            encoder = Encoder(tokenizer, self.config.tokenizer, self._choice.where)
+            return write_tokens(writer, corpus, encoder, cut, self._choice.where, tell)
+
+        key = content_digest({"tokenizer": tokenizer_key, "corpus": corpus.digest, "cut": cut, "version": self.version})
+        stored = obtain(cache, f"{self.name}_tokens-{key}", tokenise, tell)
+        facts = {**corpus.facts, **known, "tokenizer_store": tokenizer_key, **stored.facts}
+        facts["bytes_per_token"] = facts["text_bytes"]["train"] / max(1, facts["text_tokens"]["train"])
+        return self._prepared(stored, "tokens", tokenizer.eos, stored.arrays["token_bytes"], facts)
+
+    def _check_sizes(self, sizes: Mapping[str, int], unit: str) -> None:
+        """Each split must hold one row, T + 1 tokens."""
         length, split = self.config.length, min(SPLITS, key=sizes.__getitem__)
         if sizes[split] > length:
             return
         total = sum(sizes.values())
         fits = sizes[split] - 1
         remedy = f"{self.path}.length may be at most {fits} here; or give" if fits >= 2 else "Give"
+        limit = f", and {self.path}.max_bytes allows it" if self.config.max_bytes else ""
         raise UserError(
-            f"{self.path}.corpus: {self.config.corpus!r} is too short: of its {total} bytes the {split} split has "
+            f"{self.path}.corpus: {self.config.corpus!r} is too short: of its {total} {unit} the {split} split has "
             f"{sizes[split]}, and one row of {self.path}.length {length} needs {length + 1}. {remedy} about "
-            f"{20 * (length + 1)} bytes of text or more"
+            f"{20 * (length + 1)} {unit} of text or more{limit}"
         )

@@ -15,7 +15,7 @@ One example of T = `length` tokens with p = `pairs` pairs, V = `vocab`:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ import numpy as np
 from ...errors import UserError
 from ...strict import option
 from .base import IGNORE
-from .draws import Ints, Words, avoiding, distinct, octave, octaves, uniform, weighted_distinct
+from .draws import Floats, Ints, Words, avoiding, distinct, octave, octaves, uniform, weighted_distinct
 from .registry import register
 from .synthetic import Examples, SyntheticConfig, SyntheticTask
 
@@ -53,6 +53,24 @@ class MqarConfig(SyntheticConfig):
         return self.vocab // 2
 
 
+def _mixture(settings: Sequence[tuple[int, int]], examples: int) -> dict[str, object]:
+    """A preset: one model trained on all (length, pairs) mixed, `examples` each, and measured on each; the last is its own."""
+    *others, (length, pairs) = settings
+    return {
+        "length": length,
+        "pairs": pairs,
+        "train_examples": examples,
+        "stages": [{"length": length, "pairs": pairs} for length, pairs in settings],
+        "probes": [{"length": length, "pairs": pairs} for length, pairs in others],
+    }
+
+
+_BASED_TRAIN = [(64, 4, 100_000), (128, 8, 20_000), (256, 16, 20_000), (256, 32, 20_000), (256, 64, 20_000)]
+"""(length, pairs, examples)."""
+_BASED_TEST = [(64, 4), (64, 8), (64, 16), (128, 32), (512, 128), (1024, 256)]
+"""Beside (256, 64), the hardest setting that is trained on, which selects and reports."""
+
+
 @register
 class MqarTask(SyntheticTask):
     """Remember p key-value pairs, then give the value of each key when it is asked for."""
@@ -70,6 +88,19 @@ class MqarTask(SyntheticTask):
             "test_examples": 1_000,
         },
         **{f"zoology-fig2-{length}": {"length": length, "pairs": p} for length, p in ((64, 4), (128, 8), (256, 16), (512, 64))},
+        "based-mixture": {
+            "length": 256,
+            "pairs": 64,
+            "train_examples": 20_000,
+            "validation_examples": 1_000,
+            "test_examples": 1_000,
+            "stages": [{"length": length, "pairs": p, "train_examples": n} for length, p, n in _BASED_TRAIN],
+            "probes": [{"length": length, "pairs": p} for length, p in _BASED_TEST],
+        },
+        "pdn-length": _mixture([(256, 64), (512, 64), (1024, 64), (2048, 64)], 20_000),
+        "pdn-ratio": _mixture([(256, 32), (512, 64), (1024, 128), (2048, 256)], 20_000),
+        "pdn-pairs": _mixture([(1024, 32), (1024, 64), (1024, 128), (1024, 256)], 20_000),
+        "kla": {"length": 256, "pairs": 32, "lengths": [1, 2, 4, 8]},
     }
     Config = MqarConfig
 
@@ -129,7 +160,7 @@ class MqarTask(SyntheticTask):
         p, context = c.pairs, 2 * c.pairs
         keys = distinct(numbers[:, :p], c.first_value - 1) + 1
         values = distinct(numbers[:, p:context], c.vocab - c.first_value) + c.first_value
-        weights = np.arange(1, c.slots + 1) ** (c.power - 1.0)
+        weights: Floats = np.power(np.arange(1, c.slots + 1), c.power - 1.0)
         positions = context + 2 * weighted_distinct(numbers[:, context : context + c.slots], weights, p)
         tokens = np.zeros((len(words), c.length), dtype=np.int64)
         if c.filler == "random":

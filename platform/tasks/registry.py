@@ -1,4 +1,4 @@
-"""Tasks by name, and settings from a study checked against their declaration."""
+"""Tasks by name, those of plug-ins included, and settings from a study checked against their declaration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ...errors import UserError, unknown
+from ... import plugins
+from ...errors import UserError, shown, unknown
 from ...strict import build, fields_of
 from .base import Task
 from .composed import probes_of, stages_of
@@ -14,30 +15,81 @@ from .composition import KEYS, read_composition
 
 _TASKS: dict[str, type[Task]] = {}
 _Registered = TypeVar("_Registered", bound=type[Task])
+_DECLARED = {"name": str, "version": int, "summary": str, "metric": str, "higher_is_better": bool}
 
 
 def register(cls: _Registered) -> _Registered:
-    """Class decorator: makes a task known by its `name`. `ValueError` if another class has the name."""
-    for key in ("name", "preset", *KEYS):
-        if key in fields_of(cls.Config):
-            raise ValueError(f"the task {cls.name!r} has a setting {key!r}, which is a key of every task; rename it")
-    held = _TASKS.setdefault(cls.name, cls)
-    if held is not cls and held.__qualname__ != cls.__qualname__:
-        raise ValueError(f"two tasks are named {cls.name!r}: {held.__qualname__} and {cls.__qualname__}")
+    """Class decorator: makes a task known by its `name`. `UserError` if another class has it, or if it cannot be used."""
+    _check_declaration(cls)
+    held = _TASKS.get(cls.name)
+    # A module that is imported twice (under two names, or reloaded) brings the same class again.
+    if held is not None and (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise UserError(
+            f"task {cls.name!r} of {cls.__module__} is already registered, by {held.__module__}.{held.__qualname__}; "
+            "give it another name"
+        )
     _TASKS[cls.name] = cls
     return cls
 
 
+def _check_declaration(cls: type[Task]) -> None:
+    """A task that cannot be used says so when it is declared, not in the middle of a study."""
+    where = f"task {cls.__module__}.{cls.__qualname__}"
+    if not issubclass(cls, Task):
+        raise UserError(f"{where}: is no Task; derive it from deltalab.platform.tasks.Task, or SyntheticTask")
+    for name, kind in _DECLARED.items():
+        if not isinstance(getattr(cls, name, None), kind):
+            raise UserError(f"{where}: does not say its `{name}` ({kind.__name__})")
+    if cls.metric not in ("accuracy", "perplexity"):
+        raise unknown("metric", cls.metric, ("accuracy", "perplexity"), where)
+    if missing := sorted(cls.__abstractmethods__):
+        raise UserError(f"{where}: does not define {', '.join(missing)}")
+    config: Any = getattr(cls, "Config", None)
+    if not isinstance(config, type) or not dataclasses.is_dataclass(config) or not _frozen(config):
+        raise UserError(f"{where}: its Config is no frozen dataclass")
+    for key in ("name", "preset", *KEYS):
+        if key in fields_of(config):
+            raise UserError(f"{where}: has a setting {key!r}, which is a key of every task; rename it")
+    try:
+        cls.Config()
+    except TypeError as error:
+        raise UserError(f"{where}: every field of its Config needs a default: {error}") from error
+
+
+def _frozen(config: Any) -> bool:
+    return bool(config.__dataclass_params__.frozen)
+
+
 def task_names() -> list[str]:
     """The names of all tasks, sorted."""
+    plugins.attempt()
     return sorted(_TASKS)
 
 
 def task_class(name: object, path: str = "task") -> type[Task]:
     """The task of that name. `UserError` (with the nearest name) if there is none."""
+    problems = plugins.attempt()
     if not isinstance(name, str) or name not in _TASKS:
+        if problems:  # of a plug-in that may be the one that has it
+            raise UserError(f"{path}: {shown(name)}: {problems[0]}")
         raise unknown("task", name, task_names(), path)
     return _TASKS[name]
+
+
+def origin(cls: type[Task]) -> str:
+    """Where a task comes from: `deltalab`, or a plug-in's package, version and digest."""
+    return plugins.origin(cls.__module__)
+
+
+def origins(task: Task) -> dict[str, str]:
+    """`{"task my_task": "my-tasks 1.0 (3f2a9c1b)"}` for a task that is not deltalab's own; else empty."""
+    whose = origin(type(task))
+    return {} if whose == "deltalab" else {f"task {task.name}": whose}
+
+
+def check_origin(task: Task, planned: Mapping[str, str]) -> None:
+    """`UserError` where this process has other code for the task than the one that planned the trial."""
+    plugins.check_same(origins(task), {what: whose for what, whose in planned.items() if what.split()[0] == "task"})
 
 
 def build_task(spec: Mapping[str, Any] | str, path: str = "task") -> Task:
@@ -63,6 +115,12 @@ def build_task(spec: Mapping[str, Any] | str, path: str = "task") -> Task:
     task.composition = read_composition(values, dataclasses.asdict(task.config), task.location, path)
     stages_of(task), probes_of(task)  # every setting in it is one that the task can have, or this is an error
     return task
+
+
+def identity(task: Task) -> dict[str, Any]:
+    """What the data of this setting alone depend on: name, version, settings, and a plug-in's code."""
+    composed = task.composition.effective()
+    return {**{key: value for key, value in effective(task).items() if key not in composed}, **origins(task)}
 
 
 def effective(task: Task) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Which files a corpus consists of, found without reading them whole: the standard library of this Python, one file, or a folder.
+"""What a corpus consists of, found without reading it: the standard library of this Python, one file, a folder, or a name on the
+Hugging Face Hub (`hub`).
 
 A folder is walked recursively in the order of its names. Left out: hidden files and folders (a leading dot), `__pycache__`,
 folders marked as caches by a file CACHEDIR.TAG (our own, should the data root lie inside), what is not a regular file, and files
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError, nearest
+from .hub import PREFIX, HubName, looks_like_hub_name, parse_hub_name
 from .store import CACHE_TAG, content_digest
 
 STDLIB = "python-stdlib"
@@ -52,17 +54,30 @@ class Source:
 
 
 @dataclass(frozen=True)
+class HubSplit:
+    """One split of a dataset on the Hub; `config` is empty where the dataset has only one."""
+
+    name: HubName
+    config: str
+    split: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.config + ' ' if self.config else ''}{self.split}"
+
+
+@dataclass(frozen=True)
 class Listing:
-    """The files of a corpus, and how many were left out because they look binary."""
+    """The files of a corpus, and how many were left out because they look binary; or the split of the Hub that it is."""
 
     corpus: str
     root: str
     sources: tuple[Source, ...]
     binary: int = 0
+    hub: HubSplit | None = None
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Bytes of all files; 0 for a split of the Hub."""
         return sum(source.size for source in self.sources)
 
     @property
@@ -79,6 +94,12 @@ class Listing:
 def printable(path: str) -> str:
     """A path in plain UTF-8: a name that is not valid UTF-8 shows its odd bytes as escapes."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def list_hub(corpus: str, config: str, split: str, where: str) -> Listing:
+    """A split of a dataset on the Hub, which is not asked yet. `UserError` (starting with `where`) for a malformed name."""
+    hub = HubSplit(parse_hub_name(corpus, where), config, split)
+    return Listing(corpus, str(hub), (), hub=hub)
 
 
 def list_sources(corpus: str, where: str) -> Listing:
@@ -131,6 +152,8 @@ def _missing(path: Path, corpus: str, where: str) -> str:
         if close:
             return f"{message} Did you mean {close if close == STDLIB else str(parent / close)!r}?"
         return f"{message} Give {STDLIB!r}, a file or a folder; relative paths start at {str(Path.cwd())!r}"
+    if looks_like_hub_name(corpus):
+        message += f" A dataset on the Hugging Face Hub is written {PREFIX + corpus!r}."
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent
     return f"{message} The nearest folder that does is {str(parent)!r}; relative paths start at {str(Path.cwd())!r}"

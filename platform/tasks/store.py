@@ -21,16 +21,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ...errors import UserError
+from .base import Progress
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 CACHE_TAG = "CACHEDIR.TAG"
 """Marks the cache folder for backup programs, and for corpora that have it inside (bford.info/cachedir)."""
@@ -38,6 +42,7 @@ CACHE_TAG = "CACHEDIR.TAG"
 _TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# The data deltalab's tasks prepared. Safe to delete.\n"
 _LAYOUT = 1
 _BLOCK = 1 << 24
+_PATIENCE = 1.0  # seconds between two words about waiting
 
 Array = NDArray[Any]
 
@@ -106,10 +111,10 @@ Builder = Callable[[Writer], dict[str, Any]]
 """Fills the arrays and returns facts: plain JSON values worth keeping with them."""
 
 
-def obtain(cache: Path, key: str, build: Builder) -> Stored:
+def obtain(cache: Path, key: str, build: Builder, progress: Progress | None = None) -> Stored:
     """The arrays under `cache`/`key`: memory-mapped if they are there and whole, else built once, however many processes ask.
 
-    `UserError` if the folder cannot be written.
+    `progress` is told while another process builds them. `UserError` if the folder cannot be written.
     """
     from filelock import FileLock
 
@@ -121,7 +126,7 @@ def obtain(cache: Path, key: str, build: Builder) -> Stored:
         cache.mkdir(parents=True, exist_ok=True)
         if not (cache / CACHE_TAG).exists():
             (cache / CACHE_TAG).write_text(_TAG_TEXT, encoding="ascii")
-        with FileLock(cache / f".{key}.lock"):
+        with _locked(FileLock(cache / f".{key}.lock"), progress):
             stored = _load(folder)
             if stored is None:
                 _build(folder, build)
@@ -135,6 +140,28 @@ def obtain(cache: Path, key: str, build: Builder) -> Stored:
 def content_digest(parts: Mapping[str, Any]) -> str:
     """32 hexadecimal digits of a JSON value, the same for the same value in any order of keys."""
     return hashlib.sha256(_canonical(parts)).hexdigest()[:32]
+
+
+@contextmanager
+def _locked(lock: BaseFileLock, progress: Progress | None) -> Iterator[None]:
+    """Hold the lock; while another process has it, `progress` hears why nothing else happens."""
+    from filelock import Timeout
+
+    stage, waited = "waiting for a process that prepares the same data", False
+    while True:
+        try:
+            lock.acquire(timeout=_PATIENCE)
+            break
+        except Timeout:
+            waited = True
+            if progress is not None:
+                progress(stage, 0, 0)
+    if waited and progress is not None:
+        progress(stage, 1, 1)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build(folder: Path, build: Builder) -> None:

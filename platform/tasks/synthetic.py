@@ -22,7 +22,7 @@ import numpy as np
 from ...strict import option
 from .base import IGNORE, PreparedTask, Progress, Split, Task
 from .draws import Ints, Words
-from .registry import effective
+from .registry import identity
 from .store import Array, Stored, Writer, content_digest, obtain
 
 SPLITS = ("train", "validation", "test")
@@ -128,9 +128,8 @@ class SyntheticTask(Task):
         return {}
 
     def fingerprint(self) -> str:
-        """Of the settings and the version: they determine every token."""
-        own = {key: value for key, value in effective(self).items() if key not in self.composition.effective()}
-        return content_digest(own)
+        """Of the settings, the version and, in a plug-in, its code: they determine every token."""
+        return content_digest(identity(self))
 
     def prepare(self, cache: Path, progress: Progress | None = None) -> PreparedTask:
         """Generate the three splits, or memory-map them."""
@@ -152,11 +151,15 @@ class SyntheticTask(Task):
 
     def blocks(self, split: str, count: int) -> Iterator[dict[str, Ints]]:
         """The first `count` examples of a split, in blocks."""
+        yield from map(self.generate, self.draws(split, count))
+
+    def draws(self, split: str, count: int) -> Iterator[Words]:
+        """The words [rows, words] of the first `count` examples of a split, a block at a time."""
         bits = np.random.PCG64(np.random.SeedSequence(self.config.data_seed, spawn_key=(SPLITS.index(split),)))
         rows = max(1, _BLOCK // max(self.words, self.largest))
         for start in range(0, count, rows):
             n = min(rows, count - start)
-            yield self.generate(np.asarray(bits.random_raw(n * self.words), dtype=np.uint64).reshape(n, self.words))
+            yield np.asarray(bits.random_raw(n * self.words), dtype=np.uint64).reshape(n, self.words)
 
     def _split(self, stored: Stored, split: str) -> Split:
         start = f"{split}."

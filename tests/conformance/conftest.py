@@ -1,4 +1,4 @@
-"""From the suite's options to its tests: one for every check of every card and component."""
+"""From the suite's options to its tests: one for every check of every card, component and task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _given(config: Any, name: str) -> list[str]:
 
 
 def _asked(config: Any) -> bool:
-    return bool(_given(config, "cards") or _given(config, "components"))
+    return bool(_given(config, "cards") or _given(config, "components") or _given(config, "tasks"))
 
 
 def pytest_ignore_collect(collection_path: Path, config: Any) -> bool | None:
@@ -52,7 +52,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
             registry.add_folder(folder, "--registry")
         for module in _given(config, "imports"):
             registry.add_import(module, "--import")
-        found = subjects(_given(config, "cards"), _given(config, "components"))
+        found = subjects(_given(config, "cards"), _given(config, "components"), _given(config, "tasks"))
     except UserError as error:
         raise pytest.Collector.CollectError(str(error)) from error
     cases = [(name, subject) for subject in found for name in checks_for(subject)]

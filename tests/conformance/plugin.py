@@ -23,5 +23,6 @@ def add_options(parser: Any) -> None:
     group.addoption(
         "--component", dest="deltalab_components", metavar="AXIS:NAME", help="component to certify, on a neutral card", **several
     )
-    group.addoption("--import", dest="deltalab_imports", metavar="MODULE", help="module that registers components", **several)
+    group.addoption("--task", dest="deltalab_tasks", metavar="TASK", help="task to certify", **several)
+    group.addoption("--import", dest="deltalab_imports", metavar="MODULE", help="module that registers them", **several)
     group.addoption("--registry", dest="deltalab_registry", metavar="DIR", help="folder of cards to be used by name", **several)

@@ -1,4 +1,4 @@
-"""What is certified: cards, and components put on a card that they fit."""
+"""What is certified: cards, components put on a card that they fit, and tasks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from deltalab.errors import UserError, unknown
 from deltalab.recurrences import AXES, HybridSpec, RecurrenceSpec, choose
 
 from .laboratory import Subject
+from .task_subject import PREFIX, TaskSubject, parse_task
 
 NEUTRAL: dict[str, tuple[dict[str, Any], ...]] = {
     "gate": ({"card": "deltanet"}, {"card": "linear_attention"}),
@@ -23,13 +24,19 @@ NEUTRAL: dict[str, tuple[dict[str, Any], ...]] = {
 """Axis -> cards to put a component of that axis on: the first that it does not contradict."""
 
 
-def subjects(cards: Sequence[str], named: Sequence[str]) -> list[Subject]:
-    """The layers to certify. `cards`: names, files or patterns; `named`: `axis:name` or `axis:{name: ..., option: ...}`."""
-    return [layer for card in cards for layer in _layers(card)] + [_component(text) for text in named]
+def subjects(cards: Sequence[str], named: Sequence[str], tasks: Sequence[str] = ()) -> list[Subject | TaskSubject]:
+    """What to certify.
+
+    `cards`: names, files or patterns; `named`: `axis:name` or `axis:{name: ..., option: ...}`; `tasks`: names, or `{name: ...}`.
+    """
+    layers: list[Subject | TaskSubject] = [layer for card in cards for layer in _layers(card)]
+    return [*layers, *map(_component, named), *(parse_task(PREFIX + task) for task in tasks)]
 
 
-def parse(target: str) -> list[Subject]:
-    """What `deltalab certify TARGET` means: a component where it begins with an axis and a colon, else a card."""
+def parse(target: str) -> Sequence[Subject | TaskSubject]:
+    """What `deltalab certify TARGET` means: a component (an axis and a colon), a task (`task:`), or a card."""
+    if target.startswith(PREFIX):
+        return [parse_task(target)]
     is_card = ":" not in target or target.endswith((".yaml", ".yml"))
     return _layers(target) if is_card else [_component(target)]
 
@@ -54,7 +61,7 @@ def _component(text: str) -> Subject:
     if not colon or not written.strip():
         raise UserError(f"{text!r} is no `axis:name`, such as gate:scalar; axes: {', '.join(AXES)}")
     if axis not in AXES:
-        raise unknown("axis", axis, AXES, text)
+        raise unknown("axis", axis, (*AXES, "task"), text)
     choice = choose(axis, yaml_file.parse(written, text), axis)
     reasons = []
     for base in NEUTRAL[axis]:

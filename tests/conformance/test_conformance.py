@@ -1,4 +1,4 @@
-"""Every check of `checks.CHECKS`, on every card and component that was asked for."""
+"""Every check of `checks`, on every card, component and task that was asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from deltalab.tests.conformance.checks import CheckError, Subject, run_check
+from deltalab.tests.conformance.checks import CheckError, Subject, TaskSubject, run_check
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_conformance(conformance_case: tuple[str, Subject]) -> None:
+def test_conformance(conformance_case: tuple[str, Subject | TaskSubject]) -> None:
     name, subject = conformance_case
     try:
         run_check(name, subject)

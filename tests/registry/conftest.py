@@ -1,4 +1,4 @@
-"""What the registry tests share: components and cards of somebody else, forgotten when the tests that use them are over."""
+"""What the registry tests share: components, tasks and cards of somebody else, forgotten when the tests of them are over."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from deltalab.recurrences import AXES, components, plugins
+from deltalab import plugins
+from deltalab.recurrences import AXES, components
 from deltalab.registry import sources
 
-THEIRS = ("sound_gates", "faulty_gates", "their_gates", "my_gates")
+THEIRS = ("sound_gates", "faulty_gates", "their_gates", "my_gates", "sound_tasks", "faulty_tasks", "my_tasks", "their_tasks")
 
 
 @contextmanager
@@ -22,6 +23,8 @@ def forgotten() -> Iterator[pytest.MonkeyPatch]:
         # The package exports a function of the module's name, so that the module is found by its path alone.
         module = importlib.import_module("deltalab.recurrences.component")
         patch.setattr(module, "_COMPONENTS", {axis: dict(components(axis)) for axis in AXES})
+        tasks = importlib.import_module("deltalab.platform.tasks.registry")
+        patch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
         patch.setattr(plugins, "_state", plugins._State())
         patch.setattr(sources, "_added", [])
         patch.setattr(sys, "path", [*sys.path])
@@ -30,6 +33,8 @@ def forgotten() -> Iterator[pytest.MonkeyPatch]:
         yield patch
     for name in THEIRS:
         sys.modules.pop(name, None)
+    plugins._digest.cache_clear()
+    plugins._distribution.cache_clear()
 
 
 @pytest.fixture

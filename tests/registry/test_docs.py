@@ -1,4 +1,4 @@
-"""docs/COMPONENTS.md, done as it says: its cards, components and study are written to files, used and certified."""
+"""docs/COMPONENTS.md, done as it says: its cards, components, task and study are written to files, used and certified."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from deltalab import registry
+from deltalab import plugins, registry
 from deltalab.platform.config import load_study
 from deltalab.platform.study.arms import expand
-from deltalab.recurrences import AXES, Block, components, plugins
+from deltalab.recurrences import AXES, Block, components
 from deltalab.registry import sources
 from deltalab.strict import fields_of
-from deltalab.tests.conformance.checks import CHECKS, checks_for, run_check
+from deltalab.tests.conformance.checks import CHECKS, TASK_CHECKS, checks_for, run_check
 from deltalab.tests.conformance.subjects import parse
 
 PAGE = (Path(__file__).parents[2] / "docs" / "COMPONENTS.md").read_text()
@@ -34,11 +34,13 @@ def _as_the_page_says(tmp_path_factory: pytest.TempPathFactory, forgetting: Any)
         registry.add_folder("cards")
         registry.add_import("my_gates")
         registry.add_import("my_preconditioners")
+        registry.add_import("my_tasks")
         yield folder
 
 
 def test_the_page_has_its_examples() -> None:
-    assert {"my_gates.py", "my_preconditioners.py", "cards/leaky_delta.yaml", "study.yaml", "pyproject.toml"} <= set(FILES)
+    assert {"my_gates.py", "my_preconditioners.py", "my_tasks.py"} <= set(FILES)
+    assert {"cards/leaky_delta.yaml", "study.yaml", "pyproject.toml"} <= set(FILES)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,8 @@ def test_the_page_has_its_examples() -> None:
         "gate:leaky",
         "preconditioner:{name: root, side: both}",
         "preconditioner:{name: root, control: mean, normalise: regularised}",
+        "task:last_of_kind",
+        "task:{name: last_of_kind, kinds: 1, each: 2, length: 40}",
     ],
 )
 def test_its_examples_conform(target: str) -> None:
@@ -66,11 +70,11 @@ def test_its_study_is_one() -> None:
 
 def test_its_package_names_the_entry_points() -> None:
     points = tomllib.loads(FILES["pyproject.toml"])["project"]["entry-points"]
-    assert set(points) == {plugins.GROUP, sources.GROUP}
+    assert set(points) == {*plugins.GROUPS, sources.GROUP}
 
 
 def test_it_explains_every_check_axis_and_setting() -> None:
-    for name in CHECKS:
+    for name in (*CHECKS, *TASK_CHECKS):
         assert f"\n| `{name}` | " in PAGE
     for axis in AXES:
         base = next(iter(components(axis).values())).__mro__[1].__name__

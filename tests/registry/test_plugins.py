@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deltalab import registry
+from deltalab import plugins, registry
 from deltalab.errors import UserError
-from deltalab.recurrences import choose, components, plugins
+from deltalab.recurrences import choose, components
 from deltalab.recurrences.component import origin
 
 SOUND = Path(__file__).parent / "third_party" / "sound_gates.py"

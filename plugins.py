@@ -1,8 +1,9 @@
-"""Component classes of other packages, imported before a component is looked up by name.
+"""Components and tasks of other packages, imported before one is looked up by name.
 
-They come from the entry point group `deltalab.components` (its value a module that registers on import), from $DELTALAB_IMPORT
-(modules, separated by commas) and from `--import MODULE` (`add`). A module may be installed, lie on the Python path or in the
-current folder, or be given as a file (`my_gates.py`). Entry points and variable wait until the first name is looked up.
+They come from the entry point groups `deltalab.components` and `deltalab.tasks` (their values modules that register on import),
+from $DELTALAB_IMPORT (modules, separated by commas) and from `--import MODULE` (`add`). A module may be installed, lie on the
+Python path or in the current folder, or be given as a file (`my_gates.py`). Entry points and variable wait until the first name
+is looked up. What a module registers is its own affair: nothing here knows components or tasks.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from ..errors import UserError, shown
+from .errors import UserError, shown
 
-GROUP, VARIABLE = "deltalab.components", "DELTALAB_IMPORT"
+GROUPS, VARIABLE = ("deltalab.components", "deltalab.tasks"), "DELTALAB_IMPORT"
 Import = tuple[str, str]
 """(module, the folder that Python finds it in): what another process needs to import it as well."""
 
@@ -91,7 +92,7 @@ def adopt(given: Sequence[Sequence[str]]) -> None:
 def origin(module: str) -> str:
     """Where the code of a module comes from: `deltalab`, or package, version and a digest of the file: `my-gates 1.0 (3f2a9c1b)`.
 
-    The digest makes an edited component another one: results of both are never taken for the same.
+    The digest makes edited code another one: results of both are never taken for the same.
     """
     top = module.split(".")[0]
     if top == "deltalab":
@@ -101,12 +102,23 @@ def origin(module: str) -> str:
     return " ".join(word for word in (name, version, _digest(module)) if word)
 
 
+def check_same(here: Mapping[str, str], planned: Mapping[str, str]) -> None:
+    """`UserError` where this process has other code than the one that planned a trial. Both: what is foreign -> its origin."""
+    for what in sorted({*here, *planned}):
+        if here.get(what) != planned.get(what):
+            raise UserError(
+                f"{what}: planned with {planned.get(what, 'deltalab')}, but this worker has {here.get(what, 'deltalab')}; "
+                "install the same plug-in wherever trials run"
+            )
+
+
 def _import_all() -> None:
     if not _state.installed:
         _state.installed = True
-        for point in sorted(set(metadata.entry_points(group=GROUP)), key=lambda point: (point.name, point.value)):
+        points = {point for group in GROUPS for point in metadata.entry_points(group=group)}
+        for point in sorted(points, key=lambda point: (point.group, point.name, point.value)):
             package = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
-            with _noting(point.value, f"entry point {GROUP} {point.name!r} of {package}: cannot import {point.value!r}"):
+            with _noting(point.value, f"entry point {point.group} {point.name!r} of {package}: cannot import {point.value!r}"):
                 point.load()
     for name in _split([os.environ.get(VARIABLE, "")]):
         if name not in _state.imported and name not in _state.problems:
