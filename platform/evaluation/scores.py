@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...recurrences import LanguageModel
-from ..tasks import Faceted, Split
+from ..tasks import Faceted, Split, document_starts
 from ..tasks.base import IGNORE
 from ..tasks.draws import octave, octaves
 from ..training import Hardware
@@ -100,7 +100,11 @@ def evaluate(
         asked = targets != IGNORE
         labels = {POSITION: np.broadcast_to(_position(np.arange(split.length)), targets.shape)}
         labels |= split.labels(index) if isinstance(split, Faceted) else {}
-        losses, right = _score(model, inputs, targets, hardware, piece or split.length)
+        starts = document_starts(split, index)
+        # Documents that begin anew carry nothing from piece to piece: their rows are read whole.
+        losses, right = _score(
+            model, inputs, targets, hardware, split.length if starts is not None or not piece else piece, starts
+        )
         size = np.ones(len(losses)) if token_bytes is None else token_bytes[targets[asked]]
         for name, one in sums.items():
             one.add(labels[name][asked], losses, right, size)
@@ -148,7 +152,12 @@ class _Sums:
 
 
 def _score(
-    model: LanguageModel, inputs: Ints, targets: Ints, hardware: Hardware, piece: int
+    model: LanguageModel,
+    inputs: Ints,
+    targets: Ints,
+    hardware: Hardware,
+    piece: int,
+    starts: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """(losses, whether the likeliest token is the target) of the scored positions, in the order of `targets`' rows."""
     losses, right = np.zeros(targets.shape), np.zeros(targets.shape, dtype=np.bool_)
@@ -158,9 +167,9 @@ def _score(
     for start in range(0, inputs.shape[1], piece):
         part = slice(start, start + piece)
         with hardware.autocast():
-            hidden, state = model.hidden(
-                torch.from_numpy(np.ascontiguousarray(inputs[:, part])).to(hardware.device), state or None
-            )
+            tokens = torch.from_numpy(np.ascontiguousarray(inputs[:, part])).to(hardware.device)
+            begins = None if starts is None else torch.from_numpy(starts).to(hardware.device)
+            hidden, state = model.hidden(tokens, state or None, begins)
         where = torch.from_numpy(asked[:, part])
         wanted = torch.from_numpy(targets[:, part])[where].to(hardware.device)
         found = [

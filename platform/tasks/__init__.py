@@ -10,7 +10,7 @@ A new task is one file: a subclass of `Task` with the `@register` decorator, imp
 from __future__ import annotations
 
 from .base import IGNORE, Faceted, PreparedTask, Progress, Segmented, Split, Task
-from .composed import Joined, fingerprint, parts_of, prepare_task
+from .composed import Joined, document_starts, fingerprint, parts_of, prepare_task
 from .lm import LmTask
 from .mad_copy import MadCompressionTask, MadSelectiveCopyTask
 from .mad_fuzzy import MadFuzzyRecallTask
@@ -54,6 +54,7 @@ __all__ = [
     "Task",
     "TextTokenizer",
     "build_task",
+    "document_starts",
     "effective",
     "fingerprint",
     "load_tokenizer",

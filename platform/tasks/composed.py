@@ -75,6 +75,11 @@ def _join(parts: Sequence[Split], staged: bool) -> Joined:
     return (SegmentedJoined if segmented else Joined)(parts, staged)
 
 
+def document_starts(split: Split, index: Ints) -> NDArray[np.bool_] | None:
+    """Where documents begin in these rows, bool [n, T]; None where rows are one document each (see `Segmented`)."""
+    return split.starts(index) if isinstance(split, Segmented) else None
+
+
 def prepare_task(task: Task, cache: Path, progress: Progress | None = None) -> PreparedTask:
     """A task's data with its stages and probes. `UserError` as `Task.prepare`, naming the stage or probe it is about."""
     own = task.prepare(cache, progress)

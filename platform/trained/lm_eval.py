@@ -55,7 +55,9 @@ def run_tasks(
     from .harness import TrialModel
 
     with _quiet():
-        manager = _manager(include)
+        manager = _manager(include, everything=False)
+        if not set(names) <= set(manager.all_tasks):  # reading the thousands of files that lm-eval brings takes seconds
+            manager = _manager(include)
         check_names(names, manager.all_tasks)
         model = TrialModel(trained.model, load_tokenizer(trained.data.details, cache), trained.hardware, batch)
         try:
@@ -77,8 +79,7 @@ def run_tasks(
 def task_names(include: Sequence[Path] = ()) -> tuple[list[str], list[str]]:
     """(tasks in our folder and in `include`, all that lm-eval knows)."""
     with _quiet():
-        manager, bare = _manager(include), _manager((), own=False)
-        return sorted(set(manager.all_tasks) - set(bare.all_tasks)), sorted(manager.all_tasks)
+        return sorted(_manager(include, everything=False).all_tasks), sorted(_manager(include).all_tasks)
 
 
 def check_names(names: Sequence[str], known: Sequence[str]) -> None:
@@ -91,7 +92,8 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
             raise UserError(str(error).split(" Valid: ")[0] + f" lm-eval knows {len(known)} tasks: deltalab eval --list")
 
 
-def _manager(include: Sequence[Path], own: bool = True) -> Any:
+def _manager(include: Sequence[Path], everything: bool = True) -> Any:
+    """lm-eval's table of tasks: ours, those of `include`, and (`everything`) its own."""
     from lm_eval.tasks import TaskManager
 
     for folder in include:
@@ -99,7 +101,8 @@ def _manager(include: Sequence[Path], own: bool = True) -> Any:
             raise UserError(f"include-path: {str(folder)!r} is no folder")
         if not any(folder.rglob("*.yaml")):
             raise UserError(f"include-path: the folder {str(folder)!r} holds no task (a .yaml file with `task:`)")
-    return TaskManager(include_path=[str(folder.absolute()) for folder in (*([OWN_TASKS] if own else []), *include)])
+    folders: list[str | Path] = [str(folder.absolute()) for folder in (OWN_TASKS, *include)]
+    return TaskManager(include_path=folders, include_defaults=everything)
 
 
 def _outcome(task: str, found: dict[str, Any]) -> TaskOutcome:

@@ -28,11 +28,15 @@ class DeltalabConfig(PretrainedConfig):  # type: ignore[misc]
         intermediate_size: int = 0,
         tie_word_embeddings: bool = True,
         backend: str = "auto",
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.recurrence = dict(recurrence or {})
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.num_attention_heads, self.intermediate_size, self.backend = num_attention_heads, intermediate_size, backend
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def spec(self) -> MixerSpec:
