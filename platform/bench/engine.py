@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,9 @@ class EngineBench:
         draws = np.random.default_rng(0)
         starts, curves, ends = [], [], []
         for row in ledger.trials("grid"):
-            starts.append(_seconds(lambda row=row: ledger.start_trial(row.id)))
-            curves.append(_seconds(lambda row=row: ledger.record_points(row.id, _points())))
-            ends.append(_seconds(lambda row=row: ledger.finish_trial(row.id, "finished", _measurements(draws))))
+            starts.append(_seconds(partial(ledger.start_trial, row.id)))
+            curves.append(_seconds(partial(ledger.record_points, row.id, _points())))
+            ends.append(_seconds(partial(ledger.finish_trial, row.id, "finished", _measurements(draws))))
         self._add("ledger: starting a trial", "write", 1, starts)
         self._add("ledger: a curve", "point", _POINTS, curves)
         self._add("ledger: finishing a trial", "write", 1, ends)

@@ -117,15 +117,18 @@ class ModelBench:
     def run(self) -> list[Cell]:
         """Every cell, in order. What has to be compiled is compiled before anything is timed."""
         readers = {card: Reader(model, self.hardware, self.sizes.reading.piece) for card, model in self.models.items()}
-        for card, reader in readers.items():
-            self.progress(f"{card}: compiling", 0, self._all)
-            reader.warm_up()
-            TrainingStep(self.models[card], self.hardware, *_WARM_UP)()
+        self._compile(readers)
         for batch, length in self.sizes.training:
             self._train(batch, length)
         for context in self.sizes.reading.contexts:
             self._read(readers, context)
         return self.cells
+
+    def _compile(self, readers: Mapping[str, Reader]) -> None:
+        for card, reader in readers.items():
+            self.progress(f"{card}: compiling", 0, self._all)
+            reader.warm_up()
+            TrainingStep(self.models[card], self.hardware, *_WARM_UP)()
 
     def _train(self, batch: int, length: int) -> None:
         runs = []
@@ -185,8 +188,7 @@ class ModelBench:
                 needed = reader.needs(context, batch) / 1e9
                 cell.failure = f"the states of {batch} sequences of {context:,} tokens take {needed:.1f} GB"
                 continue
-            weights = sum(p.numel() * p.element_size() for p in model.parameters())
-            cell.moved = weights + batch * (2 * reader.state_bytes() - reader.cache_bytes())
+            cell.moved = _weights(model) + batch * (2 * reader.state_bytes() - reader.cache_bytes())
             runs.append(_Run(cell, _decoding(reader, batch, config)))
         self._interleave(f"decoding {batch} x 1 after {context:,}", runs)
 
@@ -266,6 +268,12 @@ class TrainingStep:
         self.optimiser.zero_grad(set_to_none=True)
         self.hardware.synchronise()
         return time.perf_counter() - start
+
+
+def _weights(model: LanguageModel) -> int:
+    """Bytes of the parameters that a step reads: all but an embedding that is no head as well, of which it reads some rows."""
+    read = (p for p in model.parameters() if model.head is None or p is not model.embedding.weight)
+    return sum(p.numel() * p.element_size() for p in read)
 
 
 def _decoding(reader: Reader, batch: int, config: ThroughputConfig) -> Callable[[], float]:

@@ -13,6 +13,7 @@ from ...strict import build
 from ..config import DataRoot, ModelConfig, TrainingConfig
 from ..study import build_model
 from ..tasks import PreparedTask, Task, build_task, prepare_task
+from ..tasks.registry import check_origin
 from ..tracking import Ledger, TrialRow
 from ..training import Hardware, load_checkpoint, prepare_device
 
@@ -100,6 +101,7 @@ def load_trained(root: DataRoot, row: TrialRow, threads: int = 1, gpu: bool = Fa
     if content is None:
         raise UserError(f"trial: the model of {trial_name(row)} is not at {str(file)!r}{': ' + problem if problem else ''}")
     task = build_task({key: value for key, value in config["task"].items() if key not in ("digest", "version")})
+    check_origin(task, config.get("plugins", {}))
     data = prepare_task(task, root.cache)
     if (data.digest, data.version) != (row.dataset_digest, row.task_version):
         raise UserError(f"trial: the data of {task.name} are no longer those that {trial_name(row)} was trained on")

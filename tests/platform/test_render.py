@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import json
 import re
 
 import pytest
@@ -54,6 +56,19 @@ def test_the_table_says_what_it_shows() -> None:
     assert re.search(r"gdn +3 +0\.5000 ± 0\.0200 +baseline", text)
     assert re.search(r"osdn +3 \(1 failed\) +0\.7500 ± 0\.0200 +\+0\.2500 ± 0\.0500 +<0\.001 +1,234 +1\.00", text)
     assert "95 % confidence interval, Student t over seeds" in text and "paired t test" in text and "Launch 4." in text
+
+
+def test_rules_without_learning_stand_below_the_arms() -> None:
+    comparison = table(arm("gdn"), arm("osdn"))
+    part = dataclasses.replace(comparison.parts[0], rules={"chance": 0.03125, "last_push": 0.81})
+    comparison = dataclasses.replace(comparison, parts=(part,))
+    lines = shown(comparison).splitlines()
+    below = next(i for i, line in enumerate(lines) if line.startswith("osdn"))
+    assert lines[below + 1].split() == ["(chance)", "0.0312"] and lines[below + 2].split() == ["(last_push)", "0.8100"]
+    for form in ("markdown", "latex"):
+        assert "0.8100" in render(comparison, form)
+    assert json.loads(render(comparison, "json"))["parts"][0]["rules"] == {"chance": 0.03125, "last_push": 0.81}
+    assert "last_push" not in render(comparison, "csv")  # rows of a CSV are arms
 
 
 def test_a_usual_table_fits_on_80_columns() -> None:

@@ -56,10 +56,10 @@ def test_tokenizers_and_packings_are_arms(tmp_path: Path) -> None:
         ({"corpus": "hub:allenai/c4"}, "base.task.max_bytes: missing; say how many bytes"),
         ({"corpus": "hub:c4 en", "max_bytes": 9}, "base.task.corpus: 'hub:c4 en' is no name on the Hub"),
         ({"max_bytes": 10}, "base.task.corpus: "),
-        ({"lengths": [4096]}, "base.task.lengths[0]"),
+        ({"lengths": [512]}, "base.task.lengths[0].corpus: "),
     ],
 )
 def test_mistakes_are_said_at_the_users_line(tmp_path: Path, task: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         plan(tmp_path, **task)
-    assert message in str(error.value).replace("task: ", "", 1)
+    assert str(error.value).startswith(message)

@@ -153,6 +153,22 @@ def test_pieces_of_a_document_are_its_text(text: str, piece: int, cut: bool) -> 
     assert all(len(part.encode()) <= piece for part in found)
 
 
+def test_batches_are_small_however_long_a_document_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE", 64)
+    monkeypatch.setattr(module, "_BATCH", 200)
+    text = "a" * 33 + " " + "b" * 40 + " 中"
+    data = "\0".join([text * 200, "short", text * 100]).encode()
+    joints = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == 0)
+    corpus = Stored("", {}, {"train.text": np.frombuffer(data, dtype=np.uint8), "train.separators": joints})
+    batches = list(Documents(corpus, "train", False, "task.tokenizer").batches())
+    assert max(sum(map(len, texts)) for texts, _, _ in batches) <= 200 + 64
+    assert "".join(text for texts, _, _ in batches for text in texts) == data.decode().replace("\0", "")
+    assert sum(sum(begins) for _, begins, _ in batches) == 3
+    read = [done for _, _, done in batches]
+    assert read == sorted(read)
+    assert read[-1] == len(data)
+
+
 @given(st.text(min_size=1, max_size=40), st.integers(0, 3), st.integers(0, 3), st.integers(8, 20))
 @settings(max_examples=300, deadline=None)
 def test_a_cut_character_is_left_out_and_counted(text: str, front: int, back: int, piece: int) -> None:
