@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ...recurrences import MixerSpec
     from ..tracking import StudyRow
 
+MOST_PRESETS = 4
 KINDS = ("recurrences", "components", "presets", "tasks", "studies")
 COLUMNS = 100
 """Width of what is printed into a file or a pipe."""
@@ -145,8 +146,14 @@ def _tasks() -> list[tuple[str, ...]]:
     for cls in map(task_class, task_names()):
         whose = origin(cls)
         summary = cls.summary + ("" if whose == "deltalab" else f"  [{whose}]")
-        rows.append((cls.name, f"v{cls.version}", summary, f"presets: {', '.join(cls.presets) or 'none'}"))
+        rows.append((cls.name, f"v{cls.version}", summary, f"presets: {_some(list(cls.presets))}"))
     return rows
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many more there are: `describe` has them all."""
+    shown = names if len(names) <= MOST_PRESETS + 1 else names[:MOST_PRESETS]
+    return (", ".join(shown) or "none") + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
 def _studies() -> list[tuple[str, ...]]:
