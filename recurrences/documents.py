@@ -28,7 +28,7 @@ def read_by_document(read: Callable[[Tensor], Tensor], tokens: Tensor, starts: T
     # 1, 2, 3-4, 5-8, ...: the padded length is less than twice the document's.
     octave = torch.ceil(torch.log2(length.double())).long()
     hidden, places = [], []
-    for size in octave.unique().tolist():
+    for size in sorted(set(octave.tolist())):
         mine = octave == size
         offset = torch.arange(int(length[mine].max()), device=tokens.device)
         place = first[mine, None] + offset
@@ -37,4 +37,5 @@ def read_by_document(read: Callable[[Tensor], Tensor], tokens: Tensor, starts: T
         hidden.append(read(rows)[inside])
         places.append(place[inside])
     order = torch.argsort(torch.cat(places))
-    return torch.cat(hidden).index_select(0, order).unflatten(0, (B, T))
+    found = torch.cat(hidden).index_select(0, order)
+    return found.view(B, T, found.shape[-1])

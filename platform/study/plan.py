@@ -147,6 +147,7 @@ def _add_part(plan: Plan, part: Part, arms: list[Arm], data_of: list[PreparedTas
     rules = _rules(metric, data_of)
     plan.parts.append(PlannedPart(part.name, names, _baseline(part, names), metric, arms[0].task.name, parameters, rules))
     plan.notes += notes_on(part, kept, {data.vocab for data in data_of})
+    plan.notes += dict.fromkeys(f"{where(part)}{note}" for data in data_of for note in data.details.get("notes", ()))
 
 
 def _arm_config(arm: Arm, data: PreparedTask) -> dict[str, Any]:

@@ -76,17 +76,16 @@ def download(name: HubName, files: tuple[str, ...]) -> list[Path | None]:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     unreachable: HubError | None = None
-    revision = name.revision
     try:
         if not offline():
-            revision = resolve(name, "model")
+            resolve(name, "model")
     except HubError as error:
         unreachable = error
     found: list[Path | None] = []
     for file in files:
         try:
             local = offline() or unreachable is not None
-            found.append(Path(hf_hub_download(name.repo, file, revision=revision, local_files_only=local)))
+            found.append(Path(hf_hub_download(name.repo, file, revision=name.revision, local_files_only=local)))
         except LocalEntryNotFoundError:
             if not found:
                 raise unreachable or HubError(f"HF_HUB_OFFLINE is set, and its {file} is not in the cache") from None

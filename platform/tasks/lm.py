@@ -205,7 +205,7 @@ class LmTask(Task):
         total = sum(sizes.values())
         fits = sizes[split] - 1
         remedy = f"{self.path}.length may be at most {fits} here; or give" if fits >= 2 else "Give"
-        limit = f", and {self.path}.max_bytes allows it" if self.config.max_bytes else ""
+        limit = f"; {self.path}.max_bytes is {self.config.max_bytes}" if self.config.max_bytes else ""
         raise UserError(
             f"{self.path}.corpus: {self.config.corpus!r} is too short: of its {total} {unit} the {split} split has "
             f"{sizes[split]}, and one row of {self.path}.length {length} needs {length + 1}. {remedy} about "

@@ -51,7 +51,7 @@ class TextSplit:
 
     def _joints(self, tokens: Ints, index: Ints, ahead: int) -> NDArray[np.bool_]:
         """Which of these tokens [n, T], each `ahead` of its position in the rows `index` [n], are separators."""
-        joints = tokens == self._separator
+        joints: NDArray[np.bool_] = np.equal(tokens, self._separator)
         row, column = np.nonzero(joints)
         if len(row) == 0 or len(self._separators) == 0:
             return np.zeros_like(joints)

@@ -53,19 +53,20 @@ class Documents:
             yield start, self.size
 
     def batches(self) -> Iterator[tuple[list[str], list[bool], int]]:
-        """(texts, whether each begins a document, bytes read so far), about `_BATCH` bytes at a time."""
+        """(texts, whether each begins a document, about how many bytes were read so far), about `_BATCH` letters at a time."""
         texts: list[str] = []
         begins: list[bool] = []
-        done = 0
+        held = done = 0
         for start, stop in self.spans():
             for number, text in enumerate(self.texts(start, stop)):
                 texts.append(text)
                 begins.append(number == 0)
-                size = min(stop, start + (number + 1) * _PIECE)  # at most: pieces may be shorter
-                if size - done > _BATCH:
-                    done = size
+                held += len(text)
+                if held > _BATCH:
+                    done += held  # letters; bytes are known at the end of the document
                     yield texts, begins, done
-                    texts, begins = [], []
+                    texts, begins, held = [], [], 0
+            done = max(done, stop - held)
         if texts:
             yield texts, begins, self.size
 
@@ -81,7 +82,7 @@ class Documents:
             rest, first = block[at:], False
 
     def _read(self, start: int, size: int) -> bytes:
-        if isinstance(self._text, np.memmap):
+        if isinstance(self._text, np.memmap) and self._text.filename is not None:
             return np.fromfile(self._text.filename, np.uint8, size, offset=self._text.offset + start).tobytes()
         return bytes(self._text[start : start + size].tobytes())
 
@@ -132,11 +133,11 @@ def training_texts(documents: Documents, tell: Progress) -> Iterator[str]:
             if taken <= share * begin:
                 yield from documents.texts(begin, end)
                 taken += end - begin
+            if end - told > _BATCH // 2:
+                told = end
+                tell("counting words", told, documents.size)
             if end == stop:
                 break
-        if stop - told > _BATCH:
-            told = stop
-            tell("counting words", told, documents.size)
     tell("counting words", 1, 1)
     tell(MERGING, 0, 0)
 

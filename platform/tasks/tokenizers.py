@@ -85,7 +85,9 @@ class LibraryTokenizer:
         self.inner.encode_special_tokens = True  # as text, when they stand in a text
         self.end = end
         self.vocab = 1 + max(self.inner.get_vocab(with_added_tokens=True).values())
-        self.eos = self.bos = int(self.inner.token_to_id(end))
+        number = self.inner.token_to_id(end)
+        assert number is not None, f"{end!r} is no token"
+        self.eos = self.bos = number
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, nothing added."""

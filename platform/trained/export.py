@@ -84,7 +84,7 @@ def _write(trained: Trained, folder: Path, cache: Path, measurements: Mapping[st
     from ...recurrences.hugging_face.configuration import DeltalabConfig
     from ...recurrences.hugging_face.modeling import DeltalabForCausalLM
 
-    ends: dict[str, int] = {}
+    ends: dict[str, Any] = {}
     text = "tokenizer" in trained.data.details
     if text:
         tokenizer = load_tokenizer(trained.data.details, cache)

@@ -107,7 +107,9 @@ def _manager(include: Sequence[Path], everything: bool = True) -> Any:
 
 def _outcome(task: str, found: dict[str, Any]) -> TaskOutcome:
     """Names such as `exact_match,strict-match` become `exact_match_strict_match`; the filter `none` has no part in them."""
-    metrics, errors, better = {}, {}, {}
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    better: dict[str, bool] = {}
     directions = found.get("higher_is_better", {}).get(task, {})
     for key, value in found["results"][task].items():
         if "," not in key or not isinstance(value, (int, float)):

@@ -42,7 +42,8 @@ class Order:
         key = (epoch, *parts)
         if self._epoch is None or self._epoch[0] != key:
             self._epoch = key, self._shuffled(epoch, parts)
-        return self._epoch[1][position]
+        rows: Ints = self._epoch[1][position]
+        return rows
 
     def _shuffled(self, epoch: int, parts: Sequence[int]) -> Ints:
         """The batches of an epoch in their order, [n, batch]."""
@@ -56,4 +57,5 @@ class Order:
         if len(batches) == 1:
             return batches[0]
         order = np.random.default_rng([self._seed, epoch, len(self._sizes)]).permutation(sum(map(len, batches)))
-        return np.concatenate(batches)[order]
+        mixed: Ints = np.concatenate(batches)[order]
+        return mixed

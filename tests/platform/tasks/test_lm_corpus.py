@@ -213,3 +213,11 @@ def test_many_documents_are_divided_block_by_block(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("deltalab.platform.tasks.corpus._CHUNK", chunk)
         digests.add(prepare(tmp_path / str(block), corpus).digest)
     assert len(digests) == 1
+
+
+def test_the_order_of_reading_does_not_decide_the_split(tmp_path: Path) -> None:
+    found = []
+    for name, rows in (("a", DOCUMENTS), ("b", DOCUMENTS[::-1])):
+        prepare(tmp_path / name, jsonl(tmp_path / f"{name}.jsonl", rows))
+        found.append({split: sorted(text.split(b"\0")) for split, text in split_bytes(tmp_path / name).items()})
+    assert found[0] == found[1]

