@@ -9,22 +9,26 @@ This floor knows no component, no config and no training.
 
 from __future__ import annotations
 
+from .backends import backends, explain_backend, resolve_backend
 from .dispatch import (
-    backends,
     delta_rule,
     diagonal_scan,
     gram_solve,
     hypergradient_scan,
     inverse_gram_scan,
-    resolve_backend,
 )
+from .squash import Squash
+from .write_key import preconditioned_write_key
 
 __all__ = [
+    "Squash",
     "backends",
     "delta_rule",
     "diagonal_scan",
+    "explain_backend",
     "gram_solve",
     "hypergradient_scan",
     "inverse_gram_scan",
+    "preconditioned_write_key",
     "resolve_backend",
 ]

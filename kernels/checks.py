@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -9,7 +10,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ..errors import UserError, unknown
+from ..errors import UserError, shown, unknown
+from .packing import packing_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CLIPS = ("token", "chunk", "none")
@@ -18,17 +20,26 @@ CLIPS = ("token", "chunk", "none")
 def check_delta_rule(
     q: Tensor,
     read_key: Tensor | None,
-    write_key: Tensor,
+    write_key: Tensor | None,
     v: Tensor,
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     scale: float | None,
     erase: bool,
     chunk_size: int,
+    cu_seqlens: Tensor | None = None,
+    beta: Tensor | None = None,
 ) -> None:
     """Raises `UserError` (a ValueError) for the first argument of `delta_rule` that cannot be used."""
     B, T, H, K = _leading("q", q, "[B,T,H,K]")
-    _like("write_key", write_key, q, "q", "[B,T,H,K]", (B, T, H, K))
+    N, legend = _sequences(cu_seqlens, B, T)
+    if beta is None:
+        _like("write_key", write_key, q, "q", "[B,T,H,K]", (B, T, H, K))
+    else:
+        _per_token("beta", beta, q, "q", (B, T, H))
+        if write_key is not None:
+            raise UserError("write_key: expected None beside beta, which says that the write key is beta times the read key")
+        _like("read_key", read_key, q, "q", "[B,T,H,K]", (B, T, H, K))
     _floating("v", v)
     width = v.shape[-1] if v.ndim == 4 else 0
     _like("v", v, q, "q", "[B,T,H,V]", (B, T, H, width if width else "V >= 1"))
@@ -41,7 +52,7 @@ def check_delta_rule(
     if log_decay is not None:
         _decay("log_decay", log_decay, q, (B, T, H), K)
     if initial_state is not None:
-        _shaped("initial_state", initial_state, "[B,H,K,V]", (B, H, K, v.shape[-1]))
+        _shaped("initial_state", initial_state, f"[{legend},H,K,V]", (N, H, K, v.shape[-1]))
         _placed("initial_state", initial_state, q, "q")
     if scale is not None:
         _number("scale", scale)
@@ -49,16 +60,46 @@ def check_delta_rule(
 
 
 def check_diagonal_scan(
-    u: Tensor, log_decay: Tensor | None, initial: Tensor | None, anchor: Tensor | float | None, chunk_size: int
+    u: Tensor,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    anchor: Tensor | float | None,
+    chunk_size: int,
+    cu_seqlens: Tensor | None = None,
 ) -> None:
     """Raises `UserError` for the first argument of `diagonal_scan` that cannot be used."""
     B, T, H, K = _leading("u", u, "[B,T,H,K]")
+    N, legend = _sequences(cu_seqlens, B, T)
     if log_decay is not None:
         _per_token("log_decay", log_decay, u, "u", (B, T, H))
     if initial is not None:
-        _shaped("initial", initial, "[B,H,K]", (B, H, K))
+        _shaped("initial", initial, f"[{legend},H,K]", (N, H, K))
         _placed("initial", initial, u, "u")
-    _anchor(anchor, u, "u", (B, H, K))
+    _anchor(anchor, u, "u", (N, H, K), legend)
+    check_chunk_size(chunk_size)
+
+
+def check_write_key(
+    key: Tensor,
+    centre: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    gain: Tensor | None,
+    initial: Tensor | None,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raises `UserError` for the first argument of `preconditioned_write_key` that cannot be used."""
+    B, T, H, K = _leading("key", key, "[B,T,H,K]")
+    N, legend = _sequences(cu_seqlens, B, T)
+    _shaped("centre", centre, "[H]", (H,))
+    _placed("centre", centre, key, "key")
+    for name, tensor in (("beta", beta), ("log_decay", log_decay), ("gain", gain)):
+        if tensor is not None:
+            _per_token(name, tensor, key, "key", (B, T, H))
+    if initial is not None:
+        _shaped("initial", initial, f"[{legend},H,K]", (N, H, K))
+        _placed("initial", initial, key, "key")
     check_chunk_size(chunk_size)
 
 
@@ -72,9 +113,11 @@ def check_hypergradient_scan(
     clip: str,
     anchor: Tensor | float | None,
     chunk_size: int,
+    cu_seqlens: Tensor | None = None,
 ) -> None:
     """Raises `UserError` for the first argument of `hypergradient_scan` that cannot be used."""
     B, T, H, K = _leading("s", s, "[B,T,H,K]")
+    N, legend = _sequences(cu_seqlens, B, T)
     if isinstance(step, Tensor):
         _per_token("step", step, s, "s", (B, T, H))
     else:
@@ -83,13 +126,13 @@ def check_hypergradient_scan(
         if tensor is not None:
             _per_token(name, tensor, s, "s", (B, T, H))
     if initial is not None:
-        _shaped("initial", initial, "[B,H,K]", (B, H, K))
+        _shaped("initial", initial, f"[{legend},H,K]", (N, H, K))
         _placed("initial", initial, s, "s")
     if box is not None:
         _box(box)
     if clip not in CLIPS:
         raise unknown("clip", clip, CLIPS, "clip")
-    _anchor(anchor, s, "s", (B, H, K))
+    _anchor(anchor, s, "s", (N, H, K), legend)
     check_chunk_size(chunk_size)
 
 
@@ -140,6 +183,31 @@ def check_gram_solve(
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise UserError(f"iterations: expected a whole number of at least 1, got {iterations!r}")
     check_chunk_size(chunk_size)
+
+
+def check_packing(cu_seqlens: Tensor, B: int, T: int) -> int:
+    """Raises `UserError` unless `cu_seqlens` cuts T tokens of a batch of 1 into sequences; returns how many."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
+        found = f"{cu_seqlens.dtype} {_show(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else shown(cu_seqlens)
+        raise UserError(f"cu_seqlens: expected an int32 or int64 tensor [N+1] of cumulative lengths, got {found}")
+    if len(cu_seqlens) < 2:
+        raise UserError(f"cu_seqlens: expected [N+1] numbers with N at least 1, got {_show(cu_seqlens.shape)}")
+    if B != 1:
+        raise UserError(f"cu_seqlens: packed sequences stand one after another in a batch of 1, got B = {B}")
+    starts = packing_of(cu_seqlens).starts
+    if starts[0] != 0:
+        raise UserError(f"cu_seqlens: expected to start at 0, got {starts[0]}")
+    for place, (before, after) in enumerate(itertools.pairwise(starts), start=1):
+        if after < before:
+            raise UserError(f"cu_seqlens[{place}]: cumulative lengths never decrease, got {after} after {before}")
+    if starts[-1] != T:
+        raise UserError(f"cu_seqlens: expected to end at T = {T}, the number of tokens, got {starts[-1]}")
+    return len(starts) - 1
+
+
+def _sequences(cu_seqlens: Tensor | None, B: int, T: int) -> tuple[int, str]:
+    """How many sequences there are, one per batch row or packed, and how a shape's legend calls that."""
+    return (B, "B") if cu_seqlens is None else (check_packing(cu_seqlens, B, T), "N")
 
 
 def check_chunk_size(chunk_size: int) -> None:
@@ -207,12 +275,12 @@ def _gram(like: Tensor, of: str, beta: Tensor | None, log_decay: Tensor | None, 
             _per_token(name, tensor, like, of, shape)
 
 
-def _anchor(anchor: Tensor | float | None, like: Tensor, of: str, shape: tuple[int, int, int]) -> None:
+def _anchor(anchor: Tensor | float | None, like: Tensor, of: str, shape: tuple[int, int, int], legend: str) -> None:
     if isinstance(anchor, Tensor):
-        _shaped("anchor", anchor, "[B,H,K]", shape)
+        _shaped("anchor", anchor, f"[{legend},H,K]", shape)
         _placed("anchor", anchor, like, of)
     elif anchor is not None:
-        _number("anchor", anchor, instead="or a tensor [B,H,K] or None")
+        _number("anchor", anchor, instead=f"or a tensor [{legend},H,K] or None")
 
 
 def _decay(name: str, tensor: object, like: Tensor, shape: tuple[int, int, int], K: int) -> None:

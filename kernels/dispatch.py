@@ -1,12 +1,15 @@
-"""Which backend serves a call, and the public functions of this floor."""
+"""The public functions of this floor: inputs checked, the backend chosen (`backends.py`), the call handed on."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError, unknown
-from . import chunked, conjugate, cpu, inverse_gram, reference, scans, token_scan, triton
+from ..errors import UserError
+from . import chunked, conjugate, cpu, fla, inverse_gram, reference, scans, token_scan, triton
+from .backends import resolve_backend
 from .checks import (
     check_delta_rule,
     check_diagonal_scan,
@@ -14,47 +17,19 @@ from .checks import (
     check_hypergradient_scan,
     check_inverse_gram_scan,
 )
+from .packing import Call, Packing, Tensors, in_batches, one_by_one, packing_of
 from .precision import without_autocast, working_dtype
 
-_BACKENDS = ("reference", "torch", "cpu", "triton")
 _WORTH_A_LOOP = 1 << 20
 """Numbers of all states together from which the compiled loop is faster for a single token."""
-
-
-def backends() -> tuple[str, ...]:
-    """Of this machine: "reference", the definition; "torch", the chunk form on every device; "cpu", the compiled loop; and
-    "triton" where there is a GPU for it."""
-    return _BACKENDS if torch.cuda.is_available() and triton.available("cuda") else _BACKENDS[:-1]
-
-
-def resolve_backend(name: str, device: torch.device | str, key_width: int = 0, value_width: int = 0) -> str:
-    """The backend that `name` means on `device` for heads of these widths (0: any); "auto" is the fastest one there.
-
-    On a CPU that is the compiled token loop for widths from 16 to 96, as measured. On a GPU it is the chunk form: the Triton
-    kernels have been compiled and interpreted, but not yet measured on one, so they are chosen by name only.
-    Errors: `UserError` for an unknown name, and for a backend that cannot work on `device` or at these widths.
-    """
-    device = torch.device(device)
-    if name == "auto":
-        return "cpu" if cpu.serves(device, key_width, value_width) else "torch"
-    if name not in _BACKENDS:
-        raise unknown("backend", name, ("auto", *_BACKENDS), "backend")
-    serves = {"cpu": device.type == "cpu", "triton": device.type != "meta" and triton.available(device)}
-    if device.type != "meta" and not serves.get(name, True):
-        valid = ", ".join(("auto", "reference", "torch", *(other for other, fits in serves.items() if fits)))
-        raise UserError(f"backend: {name!r} cannot work on {device}. Valid there: {valid}")
-    if name == "triton" and max(key_width, value_width) > triton.LONGEST_WIDTH:
-        raise UserError(
-            f"backend: 'triton' serves heads of at most {triton.LONGEST_WIDTH}, got {key_width} x {value_width}. "
-            "Valid: auto, torch"
-        )
-    return name
+_SMALLEST_SCAN = 16
+"""Key width from which a scan is worth compiling, as `delta_rule` is."""
 
 
 def delta_rule(
     q: Tensor,
     read_key: Tensor | None,
-    write_key: Tensor,
+    write_key: Tensor | None,
     v: Tensor,
     log_decay: Tensor | None = None,
     initial_state: Tensor | None = None,
@@ -62,6 +37,8 @@ def delta_rule(
     erase: bool = True,
     backend: str = "auto",
     chunk_size: int = 64,
+    cu_seqlens: Tensor | None = None,
+    beta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The general recurrence that every card is a choice of (a, r, w, v, q) in  [recurrences.md, section 1].
 
@@ -77,9 +54,13 @@ def delta_rule(
         initial_state: [B,H,K,V], zeros when None.
         scale: factor of the output, K**-0.5 when None.
         erase: subtract what the memory already holds for `read_key` before writing (the delta rule).
-        backend: "auto", "reference" (the definition), "torch" (chunk form), "cpu" (compiled token loop) or "triton" (GPU
-            kernels): the same function, up to rounding.
+        backend: "auto", "reference" (the definition), "torch" (chunk form), "cpu" (compiled token loop), "triton" (GPU
+            kernels) or "fla" (flash-linear-attention's, with `beta` or without erase): the same function, up to rounding.
         chunk_size: tokens a chunk at most; matters for speed only.
+        cu_seqlens: int32 or int64 [N+1], N sequences packed into a batch of 1: sequence i is the tokens cu_seqlens[i] to
+            cu_seqlens[i+1], each with its own state; initial_state and the final state are [N,H,K,V]. Its numbers are read
+            from the device once per tensor: hand the same tensor to every layer.
+        beta: [B,T,H], in the place of `write_key`, which is None then: the write key is beta times the read key.
 
     Returns: o [B,T,H,V] in v's dtype, and the state after the last token [B,H,K,V] in the working dtype: the widest dtype of
     q, log_decay and initial_state, float32 at least (under autocast too). Given to the next call, it continues the sequence.
@@ -87,19 +68,29 @@ def delta_rule(
 
     Errors: `UserError` (a ValueError) that names the argument, what it holds and what it should hold.
     """
-    check_delta_rule(q, read_key, write_key, v, log_decay, initial_state, scale, erase, chunk_size)
-    backend = resolve_backend(backend, q.device, q.shape[-1], v.shape[-1])
+    check_delta_rule(q, read_key, write_key, v, log_decay, initial_state, scale, erase, chunk_size, cu_seqlens, beta)
+    gate = "none" if log_decay is None else "scalar" if log_decay.ndim == 3 else "channel"
+    backend = resolve_backend(backend, q.device, q.shape[-1], v.shape[-1], gate, q.dtype)
     dtype = working_dtype(q, log_decay, initial_state)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rows = read_key if erase else None
+    packing = None if cu_seqlens is None else packing_of(cu_seqlens)
+    if backend == "fla" and q.shape[1]:
+        write = None if rows is not None else _written(write_key, read_key, beta)
+        return fla.delta_rule(q, rows, write, beta, v, log_decay, initial_state, factor, dtype, cu_seqlens)
+    write_key = _written(write_key, read_key, beta)
+    if packing is not None and backend != "triton":
+        call = partial(delta_rule, scale=factor, erase=erase, backend=backend, chunk_size=chunk_size)
+        tokens = {"q": q, "read_key": rows, "write_key": write_key, "v": v, "log_decay": log_decay}
+        return _packed(call, tokens, {"initial_state": initial_state}, packing, backend)
     # One token of a small batch, as in decoding, is one step of the definition: less than the calls around a compiled loop, and a
     # third of the time of a chunk of one.
     single = q.shape[1] == 1
     if backend == "cpu" and not (single and q.numel() * v.shape[-1] < _WORTH_A_LOOP):
         return cpu.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype)
     if backend == "triton":
-        _check_working_dtype(dtype)
-        return triton.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype, min(chunk_size, 64))
+        check_working_dtype(dtype)
+        return triton.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype, min(chunk_size, 64), packing)
     if backend == "torch" and not single:
         return chunked.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, chunk_size, dtype)
     B, _, H, K = q.shape
@@ -118,6 +109,7 @@ def diagonal_scan(
     backend: str = "auto",
     chunk_size: int = 64,
     anchor: Tensor | float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The forgetting sum of the diagonal preconditioner  [recurrences.md, section 4.1]:
 
@@ -127,21 +119,29 @@ def diagonal_scan(
         u: [B,T,H,K]. log_decay: None or [B,T,H]. initial: A_0 [B,H,K], zeros when None.
         backend, chunk_size: as in `delta_rule`.
         anchor: where forgetting leads, [B,H,K] or a number; None is 0. Without log_decay it has no effect.
+        cu_seqlens: packed sequences, as in `delta_rule`: states are [N,H,K] then, and so is an anchor that is a tensor.
 
     Returns: A [B,T,H,K], every token's own u included, and the last one [B,H,K]; both float32 or wider. Differentiable once.
     Errors: `UserError` (a ValueError) that names the argument.
     """
-    check_diagonal_scan(u, log_decay, initial, anchor, chunk_size)
-    backend = resolve_backend(backend, u.device)
+    check_diagonal_scan(u, log_decay, initial, anchor, chunk_size, cu_seqlens)
+    backend = _scan_backend(backend, u)
+    packing = None if cu_seqlens is None else packing_of(cu_seqlens)
+    if packing is not None and backend != "triton":
+        call = partial(diagonal_scan, backend=backend, chunk_size=chunk_size)
+        return _packed(call, {"u": u, "log_decay": log_decay}, {"initial": initial}, packing, backend, anchor)
     dtype = working_dtype(u, log_decay, initial, anchor if isinstance(anchor, Tensor) else None)
-    goal = _anchor(anchor, log_decay, u, dtype)
     B, _, H, K = u.shape
+    N = B if packing is None else packing.sequences
+    goal = _anchor(anchor, log_decay, (N, H, K), u, dtype)
+    first = u.new_zeros(N, H, K, dtype=dtype) if initial is None else initial
+    if backend == "cpu":
+        return cpu.diagonal_scan(u, log_decay, first, goal, dtype)
     if goal is not None and log_decay is not None:
-        u = u + (1 - log_decay.to(dtype).exp())[..., None] * goal[:, None]
-    first = u.new_zeros(B, H, K, dtype=dtype) if initial is None else initial
+        u = u + (1 - log_decay.to(dtype).exp())[..., None] * (goal[:, None] if packing is None else packing.per_token(goal))
     if backend == "triton":
-        _check_working_dtype(dtype)
-        return triton.diagonal_scan(u, log_decay, first)
+        check_working_dtype(dtype)
+        return triton.diagonal_scan(u, log_decay, first, packing)
     if backend != "reference":
         return scans.diagonal_scan(u, log_decay, first, chunk_size, dtype)
     return reference.diagonal_scan(u.to(dtype), _to(log_decay, dtype), first.to(dtype))
@@ -158,6 +158,7 @@ def hypergradient_scan(
     backend: str = "auto",
     chunk_size: int = 64,
     anchor: Tensor | float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The hypergradient preconditioner's own recurrence  [OSDN; recurrences.md, section 4.2], b = `aware` or 1 (beta-blind):
 
@@ -174,29 +175,35 @@ def hypergradient_scan(
             "none" ignores the box. At the edge of the box the gradient passes, beyond it it does not, as in torch.clamp.
         backend, chunk_size: as in `delta_rule`; with clip="chunk" the chunk size is part of the function.
         anchor: where forgetting leads, [B,H,K] or a number; None is 0. Without log_decay it has no effect.
+        cu_seqlens: packed sequences, as in `delta_rule`: states are [N,H,K] then, and so is an anchor that is a tensor.
 
     Returns: d [B,T,H,K], each BEFORE its token's update, and d_{T+1} [B,H,K]; both float32 or wider. Differentiable once.
     Errors: `UserError` (a ValueError) that names the argument.
     """
-    check_hypergradient_scan(s, step, aware, log_decay, initial, box, clip, anchor, chunk_size)
-    backend = resolve_backend(backend, s.device, s.shape[-1], s.shape[-1])
+    check_hypergradient_scan(s, step, aware, log_decay, initial, box, clip, anchor, chunk_size, cu_seqlens)
+    backend = _scan_backend(backend, s)
+    packing = None if cu_seqlens is None else packing_of(cu_seqlens)
     numbers = [x for x in (step, anchor) if isinstance(x, Tensor)]
     dtype = working_dtype(s, aware, log_decay, initial, *numbers)
-    goal = _anchor(anchor, log_decay, s, dtype)
     B, T, H, K = s.shape
-    first = s.new_zeros(B, H, K, dtype=dtype) if initial is None else initial
     eta = step if isinstance(step, Tensor) else torch.full((B, T, H), float(step), dtype=dtype, device=s.device)
+    if packing is not None and backend != "triton":
+        call = partial(hypergradient_scan, box=box, clip=clip, backend=backend, chunk_size=chunk_size)
+        tokens = {"s": s, "step": eta, "aware": aware, "log_decay": log_decay}
+        return _packed(call, tokens, {"initial": initial}, packing, backend, anchor)
+    N = B if packing is None else packing.sequences
+    goal = _anchor(anchor, log_decay, (N, H, K), s, dtype)
+    first = s.new_zeros(N, H, K, dtype=dtype) if initial is None else initial
     edges = None if box is None or clip == "none" else (float(box[0]), float(box[1]))
+    every = chunk_size if clip == "chunk" else 1
     if backend == "reference":
-        every = chunk_size if clip == "chunk" else 1
         b, gamma = _to(aware, dtype), _to(log_decay, dtype)
         return reference.hypergradient_scan(s.to(dtype), eta.to(dtype), b, gamma, first.to(dtype), goal, edges, every)
-    if backend == "triton" and K <= triton.LONGEST_WIDTH:
-        _check_working_dtype(dtype)
-        every = chunk_size if clip == "chunk" else 1
-        return triton.hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, every)
-    if backend == "cpu" and edges is not None and clip == "token":
-        return cpu.clipped_hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, dtype)
+    if backend == "triton":
+        check_working_dtype(dtype)
+        return triton.hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, every, packing)
+    if backend == "cpu":
+        return cpu.hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, every, dtype)
     if edges is not None and clip == "token":
         return token_scan.clipped_hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, dtype)
     return scans.hypergradient_scan(s, eta, aware, log_decay, first, goal, edges, chunk_size, dtype)
@@ -298,19 +305,52 @@ def gram_solve(
         return reference.gram_solve(q.to(dtype), wide, weight, _to(log_decay, dtype), ridge.to(dtype), first)
 
 
-def _check_working_dtype(dtype: torch.dtype) -> None:
+def _scan_backend(name: str, like: Tensor) -> str:
+    """A scan carries a vector where `delta_rule` carries a matrix: wide heads leave the loop ahead, as measured at 128."""
+    K = like.shape[-1]
+    if name == "auto" and like.device.type == "cpu" and K >= _SMALLEST_SCAN:
+        return "cpu"
+    return resolve_backend(name, like.device, K, K)
+
+
+def check_working_dtype(dtype: torch.dtype) -> None:
     if dtype != torch.float32:
         raise UserError(
             f"backend: 'triton' works in float32, got {str(dtype).removeprefix('torch.')}. Valid: auto, reference, torch"
         )
 
 
-def _anchor(anchor: Tensor | float | None, log_decay: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _written(write_key: Tensor | None, read_key: Tensor | None, beta: Tensor | None) -> Tensor:
+    """The write key, where only beta and the key are given."""
+    if write_key is None:
+        assert read_key is not None and beta is not None, "check_delta_rule"
+        return (beta[..., None] * read_key).to(read_key.dtype)
+    return write_key
+
+
+def _packed(
+    call: Call,
+    tokens: Tensors,
+    states: Tensors,
+    packing: Packing,
+    backend: str,
+    anchor: Tensor | float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Packed sequences on a backend that takes none; an anchor that is a tensor is one per sequence, as states are."""
+    if isinstance(anchor, Tensor):
+        states = {**states, "anchor": anchor}
+    elif anchor is not None:
+        call = partial(call, anchor=anchor)
+    return (one_by_one if backend == "reference" else in_batches)(call, tokens, states, packing)
+
+
+def _anchor(
+    anchor: Tensor | float | None, log_decay: Tensor | None, shape: tuple[int, int, int], like: Tensor, dtype: torch.dtype
+) -> Tensor | None:
     """The anchor [B,H,K] in the working dtype, where anything is forgotten."""
     if log_decay is None or anchor is None:
         return None
-    B, _, H, K = like.shape
-    return anchor.to(dtype) if isinstance(anchor, Tensor) else like.new_full((B, H, K), float(anchor), dtype=dtype)
+    return anchor.to(dtype) if isinstance(anchor, Tensor) else like.new_full(shape, float(anchor), dtype=dtype)
 
 
 def _symmetric(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     y = x / n,  n = sqrt(|x|^2 + eps)          dx = (dy - y <y, dy>) / n
 
-x, y [...,K], over the last axis. Differentiable once.
+x, y [...,K], over the last axis. Differentiable once. And RMSNorm with a gate, in one compiled pass on a CPU.
 """
 
 from __future__ import annotations
@@ -10,8 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from . import decode
+from .cpu import norm
+from .precision import working_dtype
+
+_KINDS = {"none": 0, "sigmoid": 1, "silu": 2}
+"""As `cpu.compiled_norm` numbers them."""
 
 
 def l2_normalise(x: Tensor, eps: float) -> Tensor:
@@ -20,10 +28,42 @@ def l2_normalise(x: Tensor, eps: float) -> Tensor:
     return y
 
 
+def unit_forward(x: Tensor, unit: int, eps: float) -> Tensor:
+    """The same for every `unit` channels of x [...,C], outside of autograd."""
+    heads = x.unflatten(-1, (-1, unit))
+    return (heads * _inverse(heads, eps)).flatten(-2)
+
+
+def unit_backward(x: Tensor, unit: int, eps: float, dy: Tensor) -> Tensor:
+    """The gradient of x from that of `unit_forward(x, unit, eps)`."""
+    heads = x.unflatten(-1, (-1, unit))
+    inverse = _inverse(heads, eps)
+    return _backward(heads * inverse, inverse, dy.unflatten(-1, (-1, unit))).flatten(-2)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, activation: str = "none", dtype: torch.dtype | None = None
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight * activation(gate), the mean over the last axis, computed in float32 or wider and returned
+    in `dtype` (x's where None). `gate` has as many numbers as x, heads side by side: x [...,H,K], gate [...,H K], and so the result
+    then. `activation` of the gate: silu | sigmoid."""
+    dtype = dtype or x.dtype
+    if norm.serves(x) and (gate is None or norm.serves(gate)) and dtype in norm.DTYPES:
+        return norm.rms_norm(x, weight, eps, gate, _KINDS[activation if gate is not None else "none"], dtype)
+    if gate is None and dtype == x.dtype and x.shape[-1] >= decode.SMALLEST and decode.serves(x, weight):
+        return decode.rms_norm(x, weight, eps)
+    taken = working_dtype(x)
+    y = F.rms_norm(x.to(taken), (x.shape[-1],), weight.to(taken), eps)
+    if gate is not None:
+        wide = gate.to(taken)
+        y = y.reshape(gate.shape) * (F.silu(wide) if activation == "silu" else torch.sigmoid(wide))
+    return y.to(dtype)
+
+
 class _L2Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        inverse = _dot(x, x).add_(eps).rsqrt_()
+        inverse = _inverse(x, eps)
         y = x * inverse
         ctx.save_for_backward(y, inverse)
         return y
@@ -32,7 +72,15 @@ class _L2Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         y, inverse = ctx.saved_tensors
-        return torch.addcmul(dy, y, _dot(y, dy), value=-1).mul_(inverse), None
+        return _backward(y, inverse, dy), None
+
+
+def _inverse(x: Tensor, eps: float) -> Tensor:
+    return _dot(x, x).add_(eps).rsqrt_()
+
+
+def _backward(y: Tensor, inverse: Tensor, dy: Tensor) -> Tensor:
+    return torch.addcmul(dy, y, _dot(y, dy), value=-1).mul_(inverse)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

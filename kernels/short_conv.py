@@ -1,8 +1,9 @@
-"""The causal depthwise convolution before a recurrence, with or without its SiLU, in one pass each way.
+"""The causal depthwise convolution before a recurrence, its SiLU and the normalisation of queries and keys, in one pass each way.
 
-    z_t = sum_i w_i * x_{t-i},  i = 0..W-1          y_t = z_t sigmoid(z_t), or z_t
+    z_t = sum_i w_i * x_{t-i},  i = 0..W-1          u_t = z_t sigmoid(z_t), or z_t          y_t = u_t / sqrt(|u_t|^2 + eps), or u_t
 
-x, y [B,T,C]; past [B,W-1,C], the inputs before x (zeros at a sequence's start); w [W,C].
+x [B,T,C]; past [B,W-1,C], the inputs before x (zeros at a sequence's start); w [W,C]. y is one tensor [B,T,C], or several that share
+C, each of whole heads of `unit` channels over which |u_t| is taken, or not normalised.
 
 Written as W shifted multiply-adds over [B,T,C], or one compiled pass on a CPU: torch's general convolution wants [B,C,T], and its
 two transposes and its backward cost five times as much as the multiply-adds at these widths on a CPU.
@@ -10,6 +11,7 @@ two transposes and its backward cost five times as much as the multiply-adds at 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,32 +19,89 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu import convolution
+from .normalise import unit_backward, unit_forward
+from .precision import working_dtype
 
 
 def short_convolution(x: Tensor, weight: Tensor, past: Tensor | None = None, silu: bool = True) -> Tensor:
     """y [B,T,C] for x [B,T,C], weight [W,C], past [B,W-1,C] or None (zeros), all of one dtype. `silu` False gives z."""
-    padded = x if past is None else torch.cat([past, x], dim=1)
-    y: Tensor = _ShortConvolution.apply(padded, weight, x.shape[1], silu)  # type: ignore[no-untyped-call]
-    return y
+    (y,) = _convolved(x, weight, past, (x.shape[-1],), (0,), silu, 0.0)
+    return y.to(x.dtype)
+
+
+def convolved_heads(
+    x: Tensor,
+    weight: Tensor,
+    past: Tensor | None,
+    sizes: Sequence[int],
+    units: Sequence[int],
+    silu: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The outputs [B,T,size], one for each of `sizes`, which add up to C; `units`: the channels of a head over which an output is
+    normalised, 0 where it is not. Computed and returned in float32 or wider, whatever x's dtype is."""
+    return _convolved(x, weight, past, sizes, units, silu, eps)
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, past: Tensor | None, sizes: Sequence[int], units: Sequence[int], silu: bool, eps: float
+) -> tuple[Tensor, ...]:
+    padded = x if past is None else torch.cat([past.to(x.dtype), x], dim=1)
+    taps = weight.to(working_dtype(x, weight))
+    if padded.dtype != torch.bfloat16:
+        padded = padded.to(taps.dtype)
+    outputs: tuple[Tensor, ...] = _ShortConvolution.apply(  # type: ignore[no-untyped-call]
+        padded, taps, x.shape[1], tuple(sizes), tuple(units), silu, eps
+    )
+    return outputs
 
 
 class _ShortConvolution(torch.autograd.Function):
-    """Over `padded` [B,P+T,C], whose first P = W-1 or 0 rows are the past; keeps the input, and z for SiLU."""
+    """Over `padded` [B,P+T,C], whose first P = W-1 or 0 rows are the past; keeps its inputs alone."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor, tokens: int, silu: bool) -> Tensor:
-        z = convolution.convolve(padded, weight, tokens) if convolution.serves(padded) else _convolve(padded, weight, tokens)
-        ctx.save_for_backward(padded, weight, z if silu else None)
-        return F.silu(z) if silu else z
+    def forward(
+        ctx: Any,
+        padded: Tensor,
+        weight: Tensor,
+        tokens: int,
+        sizes: tuple[int, ...],
+        units: tuple[int, ...],
+        silu: bool,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(padded, weight)
+        ctx.options = units, silu, eps
+        if convolution.serves(padded):
+            return convolution.convolve(padded, weight, tokens, sizes, units, silu, eps)
+        z = _convolve(padded.to(weight.dtype), weight, tokens)
+        u = F.silu(z) if silu else z
+        parts = zip(u.split(sizes, dim=-1), units, strict=True)
+        return tuple(unit_forward(part, unit, eps) if unit else part.contiguous() for part, unit in parts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        padded, weight, z = ctx.saved_tensors
-        dz = dy.contiguous() if z is None else torch.ops.aten.silu_backward(dy.contiguous(), z)
-        backward = convolution.convolve_backward if convolution.serves(padded) else _convolve_backward
-        d_padded, d_weight = backward(padded, weight, dz)
-        return d_padded, d_weight, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        padded, weight = ctx.saved_tensors
+        units, silu, eps = ctx.options
+        if convolution.serves(padded):
+            found = convolution.convolve_backward(padded, weight, gradients, units, silu, eps)
+        else:
+            found = _backward(padded.to(weight.dtype), weight, gradients, units, silu, eps)
+        return found[0].to(padded.dtype), found[1], None, None, None, None, None
+
+
+def _backward(
+    padded: Tensor, weight: Tensor, gradients: Sequence[Tensor], units: Sequence[int], silu: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    z = _convolve(padded, weight, gradients[0].shape[1])
+    parts = (F.silu(z) if silu else z).split([gradient.shape[-1] for gradient in gradients], dim=-1)
+    found = [
+        unit_backward(u, unit, eps, gradient) if unit else gradient
+        for u, unit, gradient in zip(parts, units, gradients, strict=True)
+    ]
+    du = torch.cat(found, dim=-1)
+    return _convolve_backward(padded, weight, torch.ops.aten.silu_backward(du, z) if silu else du)
 
 
 def _convolve(padded: Tensor, weight: Tensor, tokens: int) -> Tensor:

@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..kernels.activations import swiglu
+from ..kernels.cross_entropy import linear_cross_entropy
 from .component import Component
+from .documents import read_by_document
 from .initialise import initialise, initialised_later
 from .layers import PROJECTION_STD, Embedding, Projection, RMSNorm
 from .mixer import Mixer, MixerState
@@ -33,8 +36,7 @@ class SwiGLU(nn.Module):
         self.down = Projection(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        y: Tensor = self.down(F.silu(gate) * up)
+        y: Tensor = self.down(swiglu(self.gate_up(x)))
         return y
 
 
@@ -145,8 +147,16 @@ class LanguageModel(nn.Module):
         logits = self.logits(hidden)
         return logits if state is None else (logits, new)
 
-    def hidden(self, tokens: Tensor, state: LanguageModelState | None = None) -> tuple[Tensor, LanguageModelState]:
-        """tokens [B,T] -> the normalised last hidden layer [B,T,D] and the new state (empty when no state was given)."""
+    def hidden(
+        self, tokens: Tensor, state: LanguageModelState | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, LanguageModelState]:
+        """tokens [B,T] -> the normalised last hidden layer [B,T,D] and the new state (empty when no state was given).
+
+        starts: bool [B,T], true where a document begins that sees nothing before it; without a state alone.
+        """
+        if starts is not None:
+            assert state is None, "documents begin with an empty state"
+            return read_by_document(lambda rows: self.hidden(rows)[0], tokens, starts), []
         x = self.embedding(tokens)
         new: LanguageModelState = []
         for i, block in enumerate(self.blocks):
@@ -159,18 +169,28 @@ class LanguageModel(nn.Module):
         """hidden [...,D] -> logits [...,N]."""
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
-    def scored_logits(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [n,N] and targets [n] at the n positions that are scored (target != -100).
+    def scored_logits(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [n,N] and targets [n] at the n positions that are scored (target != -100); `starts` as in `hidden`.
 
         The head is by far the widest product of a small model: recall scores a tenth of its positions; the rest is skipped.
         """
-        hidden, _ = self.hidden(tokens)
+        hidden, wanted = self._scored(tokens, targets, starts)
+        return self.logits(hidden), wanted
+
+    def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Mean cross entropy over the scored positions, in nats: that of `scored_logits`, without all logits in memory at once."""
+        hidden, wanted = self._scored(tokens, targets, starts)
+        return linear_cross_entropy(hidden, self.embedding.weight if self.head is None else self.head.weight, wanted)
+
+    def _scored(self, tokens: Tensor, targets: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The last hidden layer [n,D] and the targets [n] at the scored positions."""
+        hidden, _ = self.hidden(tokens, starts=starts)
         scored = targets.flatten() != IGNORE
         flat = hidden.flatten(0, 1)
         if bool(scored.all()):
-            return self.logits(flat), targets.flatten()
+            return flat, targets.flatten()
         where = scored.nonzero().squeeze(-1)
-        return self.logits(flat.index_select(0, where)), targets.flatten().index_select(0, where)
+        return flat.index_select(0, where), targets.flatten().index_select(0, where)
 
     def mixers(self) -> list[Mixer]:
         """The mixers of the layers, first to last."""

@@ -5,12 +5,14 @@ B batch, T time, D model width, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import normalise
-from ..kernels.short_conv import short_convolution
+from ..kernels.short_conv import convolved_heads, short_convolution
 
 PROJECTION_STD = 0.02
 L2_EPS = 1e-6
@@ -43,7 +45,8 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, computed in float32; weight starts at 1."""
+    """y = x / sqrt(mean(x^2) + eps) * weight, computed in float32; weight starts at 1. Under autocast y is in its precision: what
+    follows a norm is a product."""
 
     def __init__(self, size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -53,8 +56,16 @@ class RMSNorm(nn.Module):
     def initialise(self, generator: torch.Generator) -> None:
         self.weight.fill_(1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+    def forward(self, x: Tensor, gate: Tensor | None = None, activation: str = "silu") -> Tensor:
+        """[...,C] as x is; or, of heads [...,H,C] with a gate [...,H C], y * activation(gate) [...,H C]."""
+        return normalise.rms_norm(x, self.weight, self.eps, gate, activation, _product_dtype(x))
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """In which precision a product of `x` is taken."""
+    device = x.device.type
+    autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 class ShortConvolution(nn.Module):
@@ -78,11 +89,17 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x [B,T,C] -> (y [B,T,C], the last size-1 inputs where a state was given)."""
-        weight = self.weight.to(x.dtype)
-        if state is None:
-            return short_convolution(x, weight, silu=self.silu), None
-        past = state.to(x.dtype)
-        return short_convolution(x, weight, past, self.silu), torch.cat([past, x], dim=1)[:, x.shape[1] :]
+        return short_convolution(x, self.weight, state, self.silu), self._after(x, state)
+
+    def heads(
+        self, x: Tensor, state: Tensor | None, sizes: Sequence[int], units: Sequence[int]
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """x [B,T,C] -> (y in pieces of `sizes` channels, in float32 or wider, the last size-1 inputs where a state was given).
+        A piece is L2-normalised over heads of `units` channels, or not where that is 0."""
+        return convolved_heads(x, self.weight, state, sizes, units, self.silu, L2_EPS), self._after(x, state)
+
+    def _after(self, x: Tensor, state: Tensor | None) -> Tensor | None:
+        return None if state is None else torch.cat([state.to(x.dtype), x], dim=1)[:, x.shape[1] :]
 
 
 def activate(x: Tensor, name: str) -> Tensor:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels import decode, delta_rule, resolve_backend
 from ..strict import build, plain
+from . import decoding
 from .component import Component, HeadShape
 from .forgetting import NoForgetting
 from .initialise import initialise
-from .layers import L2_EPS, Projection, RMSNorm, ShortConvolution, activate, l2_normalise
+from .layers import Projection, RMSNorm, ShortConvolution, activate, l2_normalise
 from .settings import Block
 from .signals import Forget, GateOutput, Step, Told, wide
 from .spec import LayerSpec, RecurrenceSpec
@@ -191,6 +192,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         self.norm = RMSNorm(shape.value) if self.block.output_norm else None
         self.gate_proj = output_gate(width, self.block.output_gate_rank, heads * shape.value, self.block.output_gate)
         self.out_proj = Projection(heads * shape.value, width)
+        self._decoded: tuple[tuple[nn.Module | None, ...], decode.Layer | None] = ((), None)
         initialise(self, seed)
 
     def initial_state(self, batch: int) -> MixerState:
@@ -219,8 +221,10 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
 
     def forward(self, x: Tensor, state: MixerState | None = None) -> Any:
         n, before = self.spec.substeps, MixerState() if state is None else state
-        decoding = self._decodes(x, before)
-        q, raw_key, k, v, conv = self._enter(x, before.conv) if decoding else self._project(x, before.conv)
+        single = state is not None and self._decodes(x, before)
+        if single and (layer := self.compiled()) is not None:
+            return self._token(x, before, layer)
+        q, raw_key, k, v, conv = self._project(x, before.conv)
         each = x.repeat_interleave(n, dim=1) if n > 1 else x
         gate = self.gate(x)
         steps = self._steps(x, k, gate, before.position)
@@ -232,7 +236,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         read_key = read if self.spec.erases else None
         if self.observer is not None:
             self.observer(Observed(read_key, write, value, log_decay, before.memory))
-        if decoding and before.memory is not None:
+        if single and before.memory is not None:
             norm = None if self.skip is not None else self.norm
             gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
             o, memory = decode.step(query, read_key, write, value, log_decay, before.memory, gain=gain, eps=eps)
@@ -262,36 +266,48 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         small = self.backend == "auto" and min(self.shape.key, self.shape.value) < decode.SMALLEST
         return not small and decode.serves(x, before.memory, self.in_proj.weight, before.conv)
 
-    def _enter(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """`_project` for one token that is decoded, in one call where the layer's options are those of most cards."""
-        qk, raw_key_matters = self.spec.qk, self.spec.value_gain.name != "one" and self.spec.qk.normalise_k == "l2"
-        if not self.activated or past is None or self.block.key_heads or raw_key_matters:
-            return self._project(x, past)
-        assert self.conv is not None, "there is no past without a convolution"
-        eps_q, eps_k = (L2_EPS if kind == "l2" else None for kind in (qk.normalise_q, qk.normalise_k))
-        shape = self.shape
-        q, k, v, past = decode.enter(self.in_proj(x), past, self.conv.weight, shape.heads, shape.key, eps_q, eps_k)
-        return q, k, k, v, past
+    def compiled(self) -> decode.Layer | None:
+        """What a compiled token is told, where all of a token between the projections is one call; None where it is not, because
+        of the components or of somebody who watches them."""
+        parts = tuple(self._modules.values())
+        if parts != self._decoded[0]:
+            self._decoded = parts, decoding.layer_of(self)
+        layer = self._decoded[1]
+        if layer is None or self.observer is not None or any(decoding.hooked(part) for part in parts if part is not None):
+            return None
+        return layer
+
+    def _token(self, x: Tensor, before: MixerState, layer: decode.Layer) -> tuple[Tensor, MixerState]:
+        """`forward` for one token, all between the projections in one call."""
+        assert before.conv is not None and before.memory is not None and self.conv is not None
+        norm = None if self.norm is None else self.norm.weight
+        centre = self.preconditioner._parameters.get("centre")
+        given = (before.conv, self.conv.weight, before.memory, decoding.terms_of(self, x), norm, before.statistic, centre)
+        o, conv, memory, statistic = decode.token(layer, x, self.in_proj(x), *given)
+        return self._output(x, o, normed=True), MixerState(conv, memory, statistic)
 
     def _project(self, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """x -> q [B,T,H,K], the key [B,Tn,H,K] as it came and normalised, v [B,Tn,H,V], in float32 or wider: statistics and state
         never see bfloat16."""
         mixed = self.in_proj(x)
-        if self.conv is not None:
-            mixed, conv_state = self.conv(mixed, conv_state)
-        mixed = mixed.to(wide(mixed))
         heads, qk = self.shape.heads, self.spec.qk
-        groups = self.block.key_heads or heads
-        q, k, v = mixed.split(self.sizes, dim=-1)
+        groups, normalised_q, normalised_k = self.block.key_heads or heads, qk.normalise_q == "l2", qk.normalise_k == "l2"
+        # Done by the convolution in its own pass where nothing stands between, and nothing asks for the key as it came.
+        early_q, early_k = self.activated and normalised_q, self.activated and normalised_k and self.spec.value_gain.name == "one"
+        if self.conv is None:
+            q, k, v = mixed.to(wide(mixed)).split(self.sizes, dim=-1)
+        else:
+            units = (early_q * self.shape.key, early_k * self.shape.key, 0)
+            (q, k, v), conv_state = self.conv.heads(mixed, conv_state, self.sizes, units)
         q, k = (part.unflatten(-1, (-1, groups, self.shape.key)).flatten(1, 2) for part in (q, k))
         v = v.unflatten(-1, (-1, heads, self.shape.value)).flatten(1, 2)
         if not self.activated:
             q, k = activate(q, qk.activation), activate(k, qk.activation)
             v = activate(v, self.block.value_activation)
-        q = l2_normalise(q) if qk.normalise_q == "l2" else q
+        q = l2_normalise(q) if normalised_q and not early_q else q
         if groups < heads:
             q, k = (part.repeat_interleave(heads // groups, dim=2) for part in (q, k))
-        return q, k, l2_normalise(k) if qk.normalise_k == "l2" else k, v, conv_state
+        return q, k, l2_normalise(k) if normalised_k and not early_k else k, v, conv_state
 
     def _steps(self, x: Tensor, key: Tensor, gate: GateOutput, position: Tensor | None) -> list[Step]:
         """The step of every substep, each over [B,T]."""
@@ -333,12 +349,14 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         return (key if step.beta is None else step.beta.unsqueeze(-1) * key), query, statistic
 
     def _output(self, x: Tensor, o: Tensor, normed: bool) -> Tensor:
+        gate = None if self.gate_proj is None else self.gate_proj(x)
         if self.norm is not None and not normed:
-            o = self.norm(o)
-        o = o.flatten(-2)
-        if self.gate_proj is not None:
-            gate = self.gate_proj(x)
-            o = o * (F.silu(gate) if self.block.output_gate == "silu" else torch.sigmoid(gate))
+            o = self.norm(o, gate, self.block.output_gate)
+            o = o.flatten(-2) if gate is None else o
+        else:
+            o = o.flatten(2)
+            if gate is not None:
+                o = o * (F.silu(gate) if self.block.output_gate == "silu" else torch.sigmoid(gate))
         y: Tensor = self.out_proj(o.to(x.dtype))
         return y
 

@@ -1,38 +1,95 @@
-"""The compiled convolution on tensors. The number of sums for dw is fixed, so that the result does not depend on threads."""
+"""The compiled convolution of heads on tensors. The number of sums for dw is fixed, so that the result does not depend on threads."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .launch import arrays, launch
+from .launch import arrays, launch, scalar
 
 _PARTS = 16
 _SMALLEST = 1 << 14
 """Numbers from which compiled loops are worth their call (and their compilation)."""
+_STRETCH = 256
+"""Channels worked off together, at most, but for one head that is wider."""
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the compiled convolution is meant for `x` [B,P,C]."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() >= _SMALLEST
+    """Whether compiled loops over rows are meant for `x`."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() >= _SMALLEST
 
 
-def convolve(padded: Tensor, weight: Tensor, tokens: int) -> Tensor:
-    """z [B,T,C] from padded [B,P,C] and weight [W,C]."""
-    z = padded.new_empty(padded.shape[0], tokens, padded.shape[2])
+def convolve(
+    padded: Tensor, weight: Tensor, tokens: int, sizes: Sequence[int], units: Sequence[int], silu: bool, eps: float
+) -> tuple[Tensor, ...]:
+    """The outputs [B,T,size] from padded [B,P,C] and weight [W,C], in weight's dtype (float32, or float64 as padded)."""
     from .compiled_conv import forward_conv
 
-    with launch("convolution", (padded.dtype,), z.numel()):
-        forward_conv()(*arrays(padded.contiguous(), weight.contiguous(), z))
-    return z
+    outputs = tuple(weight.new_empty(padded.shape[0], tokens, size) for size in sizes)
+    with launch("convolution", (padded.dtype, len(sizes)), padded.numel()):
+        forward_conv()(
+            *numbers(padded, weight),
+            *stretches_of(tuple(sizes), tuple(units)),
+            silu,
+            scalar(eps, weight.dtype),
+            _PARTS,
+            numbers(*outputs),
+        )
+    return outputs
 
 
-def convolve_backward(padded: Tensor, weight: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradient of padded, gradient of weight)."""
+def convolve_backward(
+    padded: Tensor, weight: Tensor, gradients: Sequence[Tensor], units: Sequence[int], silu: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(gradient of padded, gradient of weight) from those of the outputs."""
     from .compiled_conv import backward_conv
 
     d_padded = torch.empty_like(padded, memory_format=torch.contiguous_format)
-    d_weight = weight.new_empty(min(_PARTS, padded.shape[0]), *weight.shape)
-    with launch("convolution's backward", (padded.dtype,), dz.numel()):
-        backward_conv()(*arrays(padded.contiguous(), weight.contiguous(), dz.contiguous(), d_padded, d_weight))
+    d_weight = weight.new_empty(_PARTS, *weight.shape)
+    sizes = tuple(gradient.shape[-1] for gradient in gradients)
+    with launch("convolution's backward", (padded.dtype, len(sizes)), padded.numel()):
+        backward_conv()(
+            *numbers(padded, weight),
+            *stretches_of(sizes, tuple(units)),
+            silu,
+            scalar(eps, weight.dtype),
+            numbers(*gradients),
+            *numbers(d_padded, d_weight),
+        )
     return d_padded, d_weight.sum(0)
+
+
+def numbers(*tensors: Tensor) -> tuple[Any, ...]:
+    """The tensors as arrays for compiled loops, bfloat16 as int16 (`rows.py`); contiguous copies of those that are not."""
+    plain = (tensor.detach().contiguous() for tensor in tensors)
+    return arrays(*(tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor for tensor in plain))
+
+
+@functools.lru_cache(maxsize=256)
+def stretches_of(sizes: tuple[int, ...], units: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Channels cut into stretches of about `_STRETCH` and whole heads: stretches [n,4] of (first channel, channels, first piece, last
+    piece + 1), and their pieces, each in one output, [m,5] of (output, first channel in it, first channel in the stretch, channels,
+    unit)."""
+    stretches: list[list[int]] = []
+    pieces: list[tuple[int, ...]] = []
+    start = 0
+    for p, (size, unit) in enumerate(zip(sizes, units, strict=True)):
+        step = max(1, _STRETCH // unit) * unit if unit else _STRETCH
+        for at in range(0, size, step):
+            width = min(step, size - at)
+            if not stretches or stretches[-1][1] + width > _STRETCH:
+                stretches.append([start + at, 0, len(pieces), len(pieces)])
+            pieces.append((p, at, stretches[-1][1], width, unit))
+            stretches[-1][1] += width
+            stretches[-1][3] = len(pieces)
+        start += size
+    return np.array(stretches, dtype=np.int64).reshape(-1, 4), np.array(pieces, dtype=np.int64).reshape(-1, 5)

@@ -12,16 +12,10 @@ from torch.nn.functional import pad
 from ..precision import decay_exp_
 from .launch import arrays, launch, scalar
 
-_MULTIPLE = 4
-"""Head widths are padded with zeros to a multiple of what the loops work off together."""
-_SMALLEST, _LARGEST = 16, 96
-"""Head widths for which this is the fastest backend: below, the chunk form does as well and needs no compilation; above, its
-matrix products win (`deltalab bench kernels`: forward and backward at 128 take 1.2 times as long here)."""
-
-
-def serves(device: torch.device, K: int, V: int) -> bool:
-    """Whether this backend is meant for heads of K x V on `device`."""
-    return device.type == "cpu" and min(K, V) >= _SMALLEST and max(K, V) <= _LARGEST
+_MULTIPLE = 16
+"""Head widths are padded with zeros to a multiple of the numbers in the longest vector."""
+_WORTH_PARTS = 1 << 22
+"""Numbers worked on (state x tokens) from which a head is cut in parts for threads that would have none."""
 
 
 def delta_rule(
@@ -36,7 +30,7 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """`reference.delta_rule` on checked inputs, computed in `dtype` (float32 or float64). o in v's dtype, the state in `dtype`.
 
-    Keeps for backward: its inputs, the errors [B,T,H,V] and one state [B,H,K,V] every 32 tokens.
+    Keeps for backward: its inputs, the errors [B,T,H,V] and one state [B,H,K,V] every 64 tokens, or 128 of small heads.
     """
     o, state = _TokenLoop.apply(  # type: ignore[no-untyped-call]
         q, read_key, write_key, v, log_decay, initial_state, scale, dtype
@@ -57,7 +51,7 @@ class _TokenLoop(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        from .compiled import BLOCK, forward_loop
+        from .compiled import block, forward_loop
 
         (B, T, H, K), V = q.shape, v.shape[-1]
         erase, keys, values = r is not None, _padded(K), _padded(V)
@@ -69,13 +63,14 @@ class _TokenLoop(torch.autograd.Function):
         first = rows.new_zeros(B, H, keys, values)
         if initial is not None:
             first[..., :K, :V] = initial
-        keeps, key = any(ctx.needs_input_grad), _variant(keys, values, erase, dtype)
+        keeps, parts = any(ctx.needs_input_grad), _parts(B * H, T * keys * values)
+        key = (*_variant(keys, values, erase, dtype), *([f"in {parts} parts"] if parts > 1 else []))
         o, errors = torch.empty_like(value), torch.empty_like(value)
-        kept = rows.new_empty(B, H, -(-T // BLOCK) if keeps else 0, keys, values)
+        kept = rows.new_empty(B, H, -(-T // block(keys, values)) if keeps else 0, keys, values)
         final = torch.empty_like(first)
         if T:
             with launch("token loop", key, B * H * T * keys * values):
-                loop = forward_loop(keys, values, erase)
+                loop = forward_loop(keys, values, erase, parts)
                 loop(
                     *arrays(rows, rows if read is None else read, write, value, decay, first),
                     scalar(scale, dtype),
@@ -125,6 +120,14 @@ class _TokenLoop(torch.autograd.Function):
 def _variant(K: int, V: int, erase: bool, dtype: torch.dtype) -> tuple[str, ...]:
     """What a loop is compiled for, in words."""
     return f"heads of {K} x {V}", "delta rule" if erase else "no erase", str(dtype).removeprefix("torch.")
+
+
+def _parts(heads: int, work: int) -> int:
+    """In how many parts of its columns a head's state is taken forward, so that every thread has work."""
+    wanted = 1
+    while wanted * heads < min(torch.get_num_threads(), 16) and heads * work >= _WORTH_PARTS:
+        wanted *= 2
+    return wanted
 
 
 def _padded(width: int) -> int:

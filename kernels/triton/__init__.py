@@ -18,11 +18,14 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from ..packing import Packing
+from ..squash import Squash
+
 LONGEST_WIDTH = 256
 """Of a key or value head: the state of one program, and the operands of its products, must fit a multiprocessor."""
 OLDEST_ARCHITECTURE = (8, 0)
 
-__all__ = ["available", "delta_rule", "diagonal_scan", "hypergradient_scan", "supports"]
+__all__ = ["available", "delta_rule", "diagonal_scan", "hypergradient_scan", "supports", "write_key"]
 
 
 def available(device: torch.device | str) -> bool:
@@ -50,22 +53,40 @@ def delta_rule(
     scale: float,
     dtype: torch.dtype = torch.float32,
     chunk_size: int = 64,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.delta_rule` on checked inputs. o in v's dtype, the final state in float32.
 
-    `dtype` is the working dtype, which `supports` must accept. `chunk_size`: tokens a chunk at most; matters for speed only."""
+    `dtype` is the working dtype, which `supports` must accept. `chunk_size`: tokens a chunk at most; matters for speed only.
+    `packing`: sequences packed into a batch of 1, where states are one per sequence."""
     if not supports(dtype, q.shape[-1], v.shape[-1]):
         raise ValueError(f"no Triton kernel for working dtype {dtype} and head widths {q.shape[-1]}, {v.shape[-1]}")
     from . import autograd
 
-    return autograd.delta_rule(q, read_key, write_key, v, log_decay, initial_state, float(scale), chunk_size)
+    return autograd.delta_rule(q, read_key, write_key, v, log_decay, initial_state, float(scale), chunk_size, packing)
 
 
-def diagonal_scan(u: Tensor, log_decay: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor]:
+def diagonal_scan(u: Tensor, log_decay: Tensor | None, initial: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
     """`reference.diagonal_scan` on checked inputs, in float32: every A_t and the last one."""
     from . import scans
 
-    return scans.diagonal_scan(u, log_decay, initial)
+    return scans.diagonal_scan(u, log_decay, initial, packing)
+
+
+def write_key(
+    key: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    gain: Tensor | None,
+    initial: Tensor,
+    centre: Tensor,
+    squash: Squash,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.preconditioned_write_key` on checked inputs: w in the key's dtype, the last A in float32."""
+    from . import diagonal_write_key
+
+    return diagonal_write_key.write_key(diagonal_write_key.Inputs(key, beta, log_decay, gain, initial, centre), squash, packing)
 
 
 def hypergradient_scan(
@@ -77,8 +98,9 @@ def hypergradient_scan(
     anchor: Tensor | None,
     box: tuple[float, float] | None,
     clip_every: int,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.hypergradient_scan` on checked inputs, in float32: every d_t and d_{T+1}. Heads of at most 256 channels."""
     from . import scans
 
-    return scans.hypergradient_scan(s, step, aware, log_decay, initial, anchor, box, clip_every)
+    return scans.hypergradient_scan(s, step, aware, log_decay, initial, anchor, box, clip_every, packing)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..packing import Packing
 from . import chunk
 from .launch import SUB_BLOCK, Shape
 from .recurrent import recurrent
@@ -28,25 +29,28 @@ def delta_rule(
     initial_state: Tensor | None,
     scale: float,
     chunk_size: int,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     tensors = [None if x is None else x.contiguous() for x in (q, r, w, v, g, initial_state)]
     learned = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    shape = shape_of(q, v, chunk_size)
-    if not learned and shape.T <= RECURRENT_TOKENS:
+    shape = shape_of(q, v, chunk_size, packing)
+    longest = shape.T if packing is None else packing.longest
+    if not learned and longest <= RECURRENT_TOKENS:
         q, r, w, v, g, initial_state = tensors  # type: ignore[assignment]
         return recurrent(q, r, w, v, g, initial_state, scale, shape)
     result: tuple[Tensor, Tensor] = _DeltaRule.apply(*tensors, scale, shape)  # type: ignore[no-untyped-call]
     return result
 
 
-def shape_of(q: Tensor, v: Tensor, chunk_size: int) -> Shape:
+def shape_of(q: Tensor, v: Tensor, chunk_size: int, packing: Packing | None = None) -> Shape:
     B, T, H, K = q.shape
+    tokens = T if packing is None else packing.longest
     operand = q.dtype if q.dtype.itemsize == 2 else torch.float32
     most = LONGEST_CHUNK
     if operand == torch.float32:  # three products each, operands twice the size: the registers hold shorter chunks
-        most = LONGEST_CHUNK // 2
-    longest = max(SUB_BLOCK, min(chunk_size, most, 1 << max(T - 1, 0).bit_length()))
-    return Shape(B, T, H, K, v.shape[-1], 1 << (longest.bit_length() - 1), operand)
+        most = LONGEST_CHUNK // (2 if K <= 128 else 4)
+    longest = max(SUB_BLOCK, min(chunk_size, most, 1 << max(tokens - 1, 0).bit_length()))
+    return Shape(B, T, H, K, v.shape[-1], 1 << (longest.bit_length() - 1), operand, packing)
 
 
 class _DeltaRule(torch.autograd.Function):

@@ -15,15 +15,17 @@ import triton.language as tl
 
 
 @triton.jit
-def halves(G, g, b, h, t0, k0, T, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr):
+def halves(
+    G, g, begin, h, t0, k0, length, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
     """The factors [ROWS,BK] of one level: of a row (second halves, 0 elsewhere) and of a column (first halves)."""
     i = tl.arange(0, ROWS)
     second = (i // S % 2 == 1)[:, None]
-    t = tl.minimum(t0 + i // (2 * S) * (2 * S) + S - 1, T - 1)
+    t = tl.minimum(t0 + i // (2 * S) * (2 * S) + S - 1, length - 1)
     k = k0 + tl.arange(0, BK)
-    boundary = tl.load(G + ((b * T + t[:, None]) * H + h) * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+    boundary = tl.load(G + ((begin + t[:, None]) * H + h) * K + k[None, :], mask=(k < K)[None, :], other=0.0)
     # A token after the last has G = 0, nearer 0 than the boundary's: its exponent could overflow, and it weighs nothing.
-    real = (t0 + i < T)[:, None]
+    real = (t0 + i < length)[:, None]
     to_row = tl.where(second & real, tl.exp(tl.where(second & real, g - boundary, 0.0)), 0.0)
     to_boundary = tl.where(second | (real == 0), 0.0, tl.exp(tl.where(second | (real == 0), 0.0, boundary - g)))
     return to_row, to_boundary

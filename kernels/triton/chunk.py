@@ -32,7 +32,7 @@ class Forward(NamedTuple):
     o: Tensor  # [B,T,H,V]
     last: Tensor  # [B,H,K,V] fp32
     E: Tensor  # [B,T,H,V]
-    S: Tensor  # [B*H,N+1,K,V]
+    S: Tensor  # [chunks+N,H,K,V], N sequences
 
 
 class Keys(NamedTuple):

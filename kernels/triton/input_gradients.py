@@ -18,8 +18,8 @@ class Adjoint(NamedTuple):
 
     outputs: Tensor  # [B,T,H,V]
     values: Tensor  # [B,T,H,V]
-    states: Tensor  # that leave each chunk, [B*H,N,K,V]
-    A: Tensor  # [B*H,N,C,C]
+    states: Tensor  # that leave each chunk, [chunks,H,K,V]
+    A: Tensor  # [chunks,H,C,C]
     M: Tensor | None
 
 
@@ -38,17 +38,17 @@ def input_gradients(
     arguments = {
         "Q": q, "R": q if r is None else r, "W": w, "G": S if G is None else G, "dO": given.outputs, "dV": given.values, "E": E,
         "S_all": S, "dS_all": given.states, "dA": given.A, "dM": given.A if given.M is None else given.M, "dQ": dq,
-        "dR": dq if dr is None else dr, "dW": dw, "dG": S if dG is None else dG, "scale": scale, **shape.sizes(),
+        "dR": dq if dr is None else dr, "dW": dw, "dG": S if dG is None else dG, "scale": scale, **shape.sizes(S),
         "K": shape.K, "V": shape.V, "BK": BK, "BV": BV, "ERASE": r is not None, **shape.products(),
     }  # fmt: skip
     warps = 4 if scarce else 8
     if channel:
-        grid = (shape.chunks * (shape.C // SUB_BLOCK) * blocks, shape.heads)
+        grid = (shape.chunks * (shape.C // SUB_BLOCK) * blocks, shape.H)
         warps = 8 if shape.operand == torch.float32 else warps
         launch.run(input_gradients_channel_kernel, grid, {**arguments, "ROWS": SUB_BLOCK}, warps)
     else:
         arguments |= {"GATE": gate_of(G), "part": 0 if G is None else G.numel()}
         # On newer GPUs ptxas spills a few bytes for a higher occupancy unless it is told otherwise; on older ones if it is told.
         registers = None if scarce and shape.operand != torch.float32 else 255
-        launch.run(input_gradients_scalar_kernel, (shape.chunks * blocks, shape.heads), arguments, warps, registers)
+        launch.run(input_gradients_scalar_kernel, (shape.chunks * blocks, shape.H), arguments, warps, registers)
     return dq, dr, dw, dG

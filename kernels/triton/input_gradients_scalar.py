@@ -8,7 +8,7 @@
 no derivative of an exponential. One program per chunk, head and block of key channels; each block has its own part of dG, and
 the parts are summed in order (prefix.py): no atomics.
 
-    Q, R, W, dQ, dR, dW [B,T,H,K]; dO, dV, E [B,T,H,V]; S [B*H,N+1,K,V]; dS [B*H,N,K,V]; dG [blocks,B,T,H]
+    Q, R, W, dQ, dR, dW [B,T,H,K]; dO, dV, E [B,T,H,V]; S [chunks+N,H,K,V]; dS [chunks,H,K,V]; dG [blocks,B,T,H]
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
 
@@ -20,21 +20,19 @@ import triton.language as tl
 from . import tiles
 
 
-@triton.jit(do_not_specialize=["T", "part"])
+@triton.jit(do_not_specialize=["T", "sequences", "part"])
 def input_gradients_scalar_kernel(
-    Q, R, W, G, dO, dV, E, S_all, dS_all, dA, dM, dQ, dR, dW, dG, scale, T, part,
+    Q, R, W, G, dO, dV, E, S_all, dS_all, dA, dM, dQ, dR, dW, dG, scale, table, sequences, T, part,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, ERASE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, ERASE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    b, h = tiles.head(1, H)
-    group = b * H + h
+    h = tl.program_id(1)
     blocks: tl.constexpr = (K + BK - 1) // BK
-    chunks = tl.num_programs(0) // blocks
     n = tl.program_id(0) // blocks
     k0 = tl.program_id(0) % blocks * BK
-    t0 = n * C
-    state = group * (chunks + 1) + n
-    pairs = group * chunks + n
+    s, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
+    pairs = n.to(tl.int64) * H + h
+    state = pairs + s * H
     dq = tl.zeros([C, BK], tl.float32)
     dr = tl.zeros([C, BK], tl.float32)
     dw = tl.zeros([C, BK], tl.float32)
@@ -42,44 +40,44 @@ def input_gradients_scalar_kernel(
     for v0 in range(0, V, BV):
         S = tl.trans(tiles.state_tile(S_all, state, k0, v0, K, V, BK, BV).to(DOT))
         dS = tiles.state_tile(dS_all, pairs, k0, v0, K, V, BK, BV)
-        do = tiles.tile(dO, b, h, t0, v0, T, H, V, C, BV).to(DOT)
-        e = tiles.tile(E, b, h, t0, v0, T, H, V, C, BV).to(DOT)
+        do = tiles.tile(dO, begin, h, t0, v0, length, H, V, C, BV).to(DOT)
+        e = tiles.tile(E, begin, h, t0, v0, length, H, V, C, BV).to(DOT)
         dq = tl.dot(do, S, acc=dq, input_precision=PRECISION)
         dw = tl.dot(e, tl.trans(dS.to(DOT)), acc=dw, input_precision=PRECISION)
         if ERASE:
-            dv = tiles.tile(dV, b, h, t0, v0, T, H, V, C, BV).to(DOT)
+            dv = tiles.tile(dV, begin, h, t0, v0, length, H, V, C, BV).to(DOT)
             dr = tl.dot(dv, S, acc=dr, input_precision=PRECISION)
         if GATE == "scalar":
-            after = tiles.state_tile(S_all, state + 1, k0, v0, K, V, BK, BV).to(tl.float32)
+            after = tiles.state_tile(S_all, state + H, k0, v0, K, V, BK, BV).to(tl.float32)
             at_end += tl.sum(dS.to(tl.float32) * after, 1)
-    real = t0 + tl.arange(0, C) < T
+    real = t0 + tl.arange(0, C) < length
     if GATE == "scalar":
-        g = tiles.column(G, b, h, t0, T, H, C)
+        g = tiles.column(G, begin, h, t0, length, H, C)
         from_start = tl.exp(g)[:, None]
-        end = tl.load(G + (b * T + tl.minimum(t0 + C, T) - 1) * H + h)
+        end = tl.load(G + (begin + tl.minimum(t0 + C, length) - 1) * H + h)
         dq *= from_start * scale
         dr *= -from_start
         dw *= tl.exp(tl.where(real, end - g, 0.0))[:, None]
     else:
         dq *= scale
         dr = -dr
-    q = tiles.tile(Q, b, h, t0, k0, T, H, K, C, BK)
-    w = tiles.tile(W, b, h, t0, k0, T, H, K, C, BK)
+    q = tiles.tile(Q, begin, h, t0, k0, length, H, K, C, BK)
+    w = tiles.tile(W, begin, h, t0, k0, length, H, K, C, BK)
     a = tiles.square(dA, pairs, 0, 0, C, C, C).to(DOT)
     dq = tl.dot(a, w.to(DOT), acc=dq, input_precision=PRECISION)
     dw = tl.dot(tl.trans(a), q.to(DOT), acc=dw, input_precision=PRECISION)
     dg = q.to(tl.float32) * dq
-    tiles.store_tile(dQ, dq, b, h, t0, k0, T, H, K, C, BK)
+    tiles.store_tile(dQ, dq, begin, h, t0, k0, length, H, K, C, BK)
     if ERASE:
-        r = tiles.tile(R, b, h, t0, k0, T, H, K, C, BK)
+        r = tiles.tile(R, begin, h, t0, k0, length, H, K, C, BK)
         m = tiles.square(dM, pairs, 0, 0, C, C, C).to(DOT)
         dr = tl.dot(m, w.to(DOT), acc=dr, input_precision=PRECISION)
         dw = tl.dot(tl.trans(m), r.to(DOT), acc=dw, input_precision=PRECISION)
         dg += r.to(tl.float32) * dr
-        tiles.store_tile(dR, dr, b, h, t0, k0, T, H, K, C, BK)
-    tiles.store_tile(dW, dw, b, h, t0, k0, T, H, K, C, BK)
+        tiles.store_tile(dR, dr, begin, h, t0, k0, length, H, K, C, BK)
+    tiles.store_tile(dW, dw, begin, h, t0, k0, length, H, K, C, BK)
     if GATE == "scalar":
         total = tl.sum(dg - w.to(tl.float32) * dw, 1)
         t = t0 + tl.arange(0, C)
-        total += tl.where(t == tl.minimum(t0 + C, T) - 1, tl.sum(at_end, 0), 0.0)
-        tl.store(dG + tl.program_id(0).to(tl.int64) % blocks * part + (b * T + t) * H + h, total, mask=real)
+        total += tl.where(t == tl.minimum(t0 + C, length) - 1, tl.sum(at_end, 0), 0.0)
+        tl.store(dG + tl.program_id(0).to(tl.int64) % blocks * part + (begin + t) * H + h, total, mask=real)

@@ -6,8 +6,8 @@ The four (C = 64) diagonal blocks of 16 rows are inverted together by forward su
 
 and strips of 16 rows follow one another by products with whole blocks:   T_a = T_aa (I_a - sum_{b<a} M_ab T_b)
 
-    M fp32 [B*H,N,C,C]; inverse [B*H,N,C,C].  One program per chunk and head. Substitution keeps what a power series of M would
-    lose to cancellation where keys are long or alike.
+    M fp32 [chunks,H,C,C]; inverse [chunks,H,C,C].  One program per chunk and head. Substitution keeps
+    what a power series of M would lose to cancellation where keys are long or alike.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
 

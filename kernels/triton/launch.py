@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..packing import Packing
+
 SUB_BLOCK = 16
 """Rows of a sub-chunk: the smallest tile of a tensor-core product, and how far channel decays share a reference."""
 
@@ -34,7 +36,7 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: in
     if 0 in grid:
         return
     if len(grid) > 1 and grid[1] > MOST_HEADS:
-        raise ValueError(f"batch x heads is {grid[1]}: a launch takes at most {MOST_HEADS}; valid is a smaller batch")
+        raise ValueError(f"there are {grid[1]} heads: a launch takes at most {MOST_HEADS}")
     options: dict[str, Any] = {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True}
     if registers is not None:
         options["maxnreg"] = registers
@@ -67,6 +69,14 @@ def padded(width: int) -> int:
     return max(SUB_BLOCK, 1 << (width - 1).bit_length())
 
 
+def places(like: Tensor, T: int, H: int, C: int, packing: Packing | None) -> dict[str, Any]:
+    """What `tiles.chunk` and `tiles.sequence` need, for chunks of C tokens on the device of `like`."""
+    if packing is None:
+        return {"table": like, "sequences": 0, "T": T, "H": H, "PACKED": False}
+    device = torch.device("cpu") if like.device.type == "meta" else like.device
+    return {"table": packing.table(C, device), "sequences": packing.sequences, "T": T, "H": H, "PACKED": True}
+
+
 @dataclass(frozen=True)
 class Shape:
     """One call's sizes and the dtype of its products' operands (fp32 sums always)."""
@@ -78,23 +88,28 @@ class Shape:
     V: int
     C: int
     operand: torch.dtype
+    packing: Packing | None = None
+
+    @property
+    def sequences(self) -> int:
+        return self.B if self.packing is None else self.packing.sequences
 
     @property
     def chunks(self) -> int:
-        return ceil_div(self.T, self.C)
+        """Over all sequences."""
+        return self.B * ceil_div(self.T, self.C) if self.packing is None else self.packing.chunks(self.C)
 
     @property
     def heads(self) -> int:
-        return self.B * self.H
+        """Over all sequences."""
+        return self.sequences * self.H
 
     def block(self, width: int, most: int) -> int:
         """Columns of a tile of `width`, at most `most` with 16-bit operands; float32 ones take twice the room."""
         return min(padded(width), most // 2 if self.operand == torch.float32 else most)
 
     def state_warps(self) -> int:
-        """Of a program that holds [K, BV] of a state: enough for its sums, and its operands, to stay in registers.
-
-        float32 operands of heads wider than 128 do not fit and spill (benchmarks/kernels-gpu-notes.md): right, and slow."""
+        """Of a program that holds [K, BV] of a state: enough for its sums, and its operands, to stay in registers."""
         return 4 if padded(self.K) <= 64 else 8
 
     def products(self) -> dict[str, Any]:
@@ -104,8 +119,9 @@ class Shape:
         names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
         return {"DOT": names[self.operand], "PRECISION": "tf32x3" if self.operand == torch.float32 else "tf32"}
 
-    def sizes(self) -> dict[str, Any]:
-        return {"T": self.T, "H": self.H, "C": self.C}
+    def sizes(self, like: Tensor) -> dict[str, Any]:
+        """The arguments that say where a chunk lies; without packing any tensor stands in for the table."""
+        return {**places(like, self.T, self.H, self.C, self.packing), "C": self.C}
 
 
 def gate_of(g: Tensor | None) -> str:

@@ -2,7 +2,7 @@
 
 O_n = scale (Q exp(G)) S_n + A_n E_n
 
-Q [B,T,H,K]; G [B,T,H] or [B,T,H,K]; S [B*H,N+1,K,V]; A (with the scale) [B*H,N,C,C]; E, O [B,T,H,V]
+Q [B,T,H,K]; G [B,T,H] or [B,T,H,K]; S [chunks+N,H,K,V]; A (with the scale) [chunks,H,C,C]; E, O [B,T,H,V]
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
 
@@ -17,34 +17,33 @@ from . import launch, tiles
 from .launch import Shape, ceil_div, gate_of
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "sequences"])
 def outputs_kernel(
-    Q, G, S_all, A, E, O, scale, T,
+    Q, G, S_all, A, E, O, scale, table, sequences, T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    b, h = tiles.head(1, H)
+    h = tl.program_id(1)
     blocks: tl.constexpr = (V + BV - 1) // BV
     v0 = tl.program_id(0) % blocks * BV
     n = tl.program_id(0) // blocks
-    chunks = tl.num_programs(0) // blocks
-    group = b * H + h
-    t0 = n * C
+    s, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
+    index = n.to(tl.int64) * H + h
     o = tl.zeros([C, BV], tl.float32)
     for k0 in range(0, K, BK):
-        q = tiles.tile(Q, b, h, t0, k0, T, H, K, C, BK)
+        q = tiles.tile(Q, begin, h, t0, k0, length, H, K, C, BK)
         if GATE == "channel":
-            q = q.to(tl.float32) * tl.exp(tiles.tile(G, b, h, t0, k0, T, H, K, C, BK))
-        S = tiles.state_tile(S_all, group * (chunks + 1) + n, k0, v0, K, V, BK, BV).to(DOT)
+            q = q.to(tl.float32) * tl.exp(tiles.tile(G, begin, h, t0, k0, length, H, K, C, BK))
+        S = tiles.state_tile(S_all, index + s * H, k0, v0, K, V, BK, BV).to(DOT)
         o = tl.dot(q.to(DOT), S, acc=o, input_precision=PRECISION)
     if GATE == "scalar":
-        o *= (tl.exp(tiles.column(G, b, h, t0, T, H, C)) * scale)[:, None]
+        o *= (tl.exp(tiles.column(G, begin, h, t0, length, H, C)) * scale)[:, None]
     else:
         o *= scale
-    a = tiles.square(A, group * chunks + n, 0, 0, C, C, C).to(DOT)
-    e = tiles.tile(E, b, h, t0, v0, T, H, V, C, BV).to(DOT)
+    a = tiles.square(A, index, 0, 0, C, C, C).to(DOT)
+    e = tiles.tile(E, begin, h, t0, v0, length, H, V, C, BV).to(DOT)
     o = tl.dot(a, e, acc=o, input_precision=PRECISION)
-    tiles.store_tile(O, o, b, h, t0, v0, T, H, V, C, BV)
+    tiles.store_tile(O, o, begin, h, t0, v0, length, H, V, C, BV)
 
 
 def outputs(
@@ -54,8 +53,8 @@ def outputs(
     O = torch.empty(E.shape, dtype=dtype, device=q.device)
     BK, BV = shape.block(shape.K, 64), shape.block(shape.V, 64)
     arguments = {
-        "Q": q, "G": A if G is None else G, "S_all": S, "A": A, "E": E, "O": O, "scale": scale, **shape.sizes(), "K": shape.K,
+        "Q": q, "G": A if G is None else G, "S_all": S, "A": A, "E": E, "O": O, "scale": scale, **shape.sizes(A), "K": shape.K,
         "V": shape.V, "BK": BK, "BV": BV, "GATE": gate_of(G), **shape.products(),
     }  # fmt: skip
-    launch.run(outputs_kernel, (shape.chunks * ceil_div(shape.V, BV), shape.heads), arguments, warps=4)
+    launch.run(outputs_kernel, (shape.chunks * ceil_div(shape.V, BV), shape.H), arguments, warps=4, registers=168)
     return O

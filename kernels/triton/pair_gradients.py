@@ -5,7 +5,7 @@
 With one decay per head (or none) they come out weighted, ready to meet the raw keys: times
 exp(G_i - G_j), and dA times the scale.
 
-    dO, dV, E [B,T,H,V]; G [B,T,H]; dA, dM [B*H,N,C,C].  One program per chunk and head
+    dO, dV, E [B,T,H,V]; G [B,T,H]; dA, dM [chunks,H,C,C].  One program per chunk and head
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
 
@@ -21,26 +21,25 @@ from .launch import Shape, gate_of
 from .pairs_scalar import decay_between
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "sequences"])
 def pair_gradients_kernel(
-    dO, dV, E, G, dA, dM, scale, T,
+    dO, dV, E, G, dA, dM, scale, table, sequences, T,
     H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, ERASE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    b, h = tiles.head(1, H)
-    n = tl.program_id(0)
-    index = (b * H + h) * tl.num_programs(0) + n
-    t0 = n * C
+    h = tl.program_id(1)
+    _, begin, length, t0 = tiles.chunk(tl.program_id(0), table, sequences, T, C, PACKED)
+    index = tl.program_id(0).to(tl.int64) * H + h
     m = tl.zeros([C, C], tl.float32)
     a = tl.zeros([C, C], tl.float32)
     for v0 in range(0, V, BV):
-        e = tl.trans(tiles.tile(E, b, h, t0, v0, T, H, V, C, BV).to(DOT))
-        a = tl.dot(tiles.tile(dO, b, h, t0, v0, T, H, V, C, BV).to(DOT), e, acc=a, input_precision=PRECISION)
+        e = tl.trans(tiles.tile(E, begin, h, t0, v0, length, H, V, C, BV).to(DOT))
+        a = tl.dot(tiles.tile(dO, begin, h, t0, v0, length, H, V, C, BV).to(DOT), e, acc=a, input_precision=PRECISION)
         if ERASE:
-            m = tl.dot(tiles.tile(dV, b, h, t0, v0, T, H, V, C, BV).to(DOT), e, acc=m, input_precision=PRECISION)
+            m = tl.dot(tiles.tile(dV, begin, h, t0, v0, length, H, V, C, BV).to(DOT), e, acc=m, input_precision=PRECISION)
     i = tl.arange(0, C)
     if GATE == "scalar":
-        weights = decay_between(tiles.column(G, b, h, t0, T, H, C), C)
+        weights = decay_between(tiles.column(G, begin, h, t0, length, H, C), C)
     else:
         weights = tl.where(i[:, None] >= i[None, :], 1.0, 0.0)
     tiles.store_square(dA, a * weights * scale, index, 0, 0, C, C, C)
@@ -52,12 +51,12 @@ def pair_gradients(
     dO: Tensor, dV: Tensor, E: Tensor, G: Tensor | None, erase: bool, scale: float, shape: Shape
 ) -> tuple[Tensor, Tensor | None]:
     """(dA with the scale, dM) in the operands' dtype."""
-    square = (shape.heads, shape.chunks, shape.C, shape.C)
+    square = (shape.chunks, shape.H, shape.C, shape.C)
     dA = torch.empty(square, dtype=shape.operand, device=dO.device)
     dM = torch.empty_like(dA) if erase else None
     arguments = {
         "dO": dO, "dV": dV, "E": E, "G": dA if G is None else G, "dA": dA, "dM": dA if dM is None else dM, "scale": scale,
-        **shape.sizes(), "V": shape.V, "BV": shape.block(shape.V, 64), "GATE": gate_of(G), "ERASE": erase, **shape.products(),
+        **shape.sizes(dA), "V": shape.V, "BV": shape.block(shape.V, 64), "GATE": gate_of(G), "ERASE": erase, **shape.products(),
     }  # fmt: skip
-    launch.run(pair_gradients_kernel, (shape.chunks, shape.heads), arguments, warps=4)
+    launch.run(pair_gradients_kernel, (shape.chunks, shape.H), arguments, warps=4, registers=255)
     return dA, dM

@@ -13,27 +13,27 @@ from .pairs_scalar import pairs_scalar_kernel
 
 
 def pairs(q: Tensor, r: Tensor | None, w: Tensor, G: Tensor | None, scale: float, shape: Shape) -> tuple[Tensor | None, Tensor]:
-    """(M fp32 or None, A) [B*H,N,C,C]; A carries the scale."""
-    square = (shape.heads, shape.chunks, shape.C, shape.C)
+    """(M fp32 or None, A) [chunks,H,C,C]; A carries the scale."""
+    square = (shape.chunks, shape.H, shape.C, shape.C)
     A = torch.empty(square, dtype=shape.operand, device=q.device)
     M = None if r is None else torch.empty(square, dtype=torch.float32, device=q.device)
     channel = G is not None and G.ndim == 4
     arguments = {
         "q": q, "r": q if r is None else r, "w": w, "G": A if G is None else G, "M": A if M is None else M, "A": A,
-        "scale": scale, **shape.sizes(), "K": shape.K, "BK": shape.block(shape.K, 32 if channel else 64),
+        "scale": scale, **shape.sizes(A), "K": shape.K, "BK": shape.block(shape.K, 32 if channel else 64),
         "ERASE": r is not None, **shape.products(),
     }  # fmt: skip
     if channel:
         strips = shape.C // SUB_BLOCK
-        launch.run(pairs_channel_kernel, (shape.chunks * strips, shape.heads), {**arguments, "R": SUB_BLOCK}, warps=4)
+        launch.run(pairs_channel_kernel, (shape.chunks * strips, shape.H), {**arguments, "R": SUB_BLOCK}, warps=4)
     else:
         gate = "none" if G is None else "scalar"
-        launch.run(pairs_scalar_kernel, (shape.chunks, shape.heads), {**arguments, "GATE": gate}, warps=4)
+        launch.run(pairs_scalar_kernel, (shape.chunks, shape.H), {**arguments, "GATE": gate}, warps=4)
     return M, A
 
 
 def unit_inverse(M: Tensor, shape: Shape) -> Tensor:
     """(I + M)^-1 in the operands' dtype."""
     inverse = torch.empty(M.shape, dtype=shape.operand, device=M.device)
-    launch.run(inverse_kernel, (shape.heads * shape.chunks,), {"M": M, "inverse": inverse, "C": shape.C, "R": SUB_BLOCK}, warps=4)
+    launch.run(inverse_kernel, (shape.chunks * shape.H,), {"M": M, "inverse": inverse, "C": shape.C, "R": SUB_BLOCK}, warps=4)
     return inverse

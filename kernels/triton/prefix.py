@@ -17,43 +17,46 @@ from . import launch, tiles
 from .launch import Shape, ceil_div
 
 
-@triton.jit(do_not_specialize=["T"])
-def prefix_kernel(g, G, T, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
-    b, h = tiles.head(1, H)
-    blocks: tl.constexpr = (D + BD - 1) // BD
-    t0 = tl.program_id(0) // blocks * C
-    d0 = tl.program_id(0) % blocks * BD
-    x = tiles.tile(g, b, h, t0, d0, T, H, D, C, BD).to(tl.float32)
-    tiles.store_tile(G, tl.cumsum(tl.maximum(x, tiles.FLOOR), 0), b, h, t0, d0, T, H, D, C, BD)
-
-
-@triton.jit(do_not_specialize=["T", "part"])
-def suffix_kernel(
-    dG, g, dg, T, part,
-    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "sequences"])
+def prefix_kernel(
+    g, G, table, sequences, T, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    b, h = tiles.head(1, H)
+    h = tl.program_id(1)
     blocks: tl.constexpr = (D + BD - 1) // BD
-    t0 = tl.program_id(0) // blocks * C
+    _, begin, length, t0 = tiles.chunk(tl.program_id(0) // blocks, table, sequences, T, C, PACKED)
+    d0 = tl.program_id(0) % blocks * BD
+    x = tiles.tile(g, begin, h, t0, d0, length, H, D, C, BD).to(tl.float32)
+    tiles.store_tile(G, tl.cumsum(tl.maximum(x, tiles.FLOOR), 0), begin, h, t0, d0, length, H, D, C, BD)
+
+
+@triton.jit(do_not_specialize=["T", "sequences", "part"])
+def suffix_kernel(
+    dG, g, dg, table, sequences, T, part,
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(1)
+    blocks: tl.constexpr = (D + BD - 1) // BD
+    _, begin, length, t0 = tiles.chunk(tl.program_id(0) // blocks, table, sequences, T, C, PACKED)
     d0 = tl.program_id(0) % blocks * BD
     x = tl.zeros([C, BD], tl.float32)
     for _ in tl.static_range(PARTS):
-        x += tiles.tile(dG, b, h, t0, d0, T, H, D, C, BD)
+        x += tiles.tile(dG, begin, h, t0, d0, length, H, D, C, BD)
         dG += part
     # The sum of the later tokens is the total less the prefix sum before this token; taken backwards it does not cancel.
     x = tl.cumsum(x, 0, reverse=True)
-    decay = tiles.tile(g, b, h, t0, d0, T, H, D, C, BD).to(tl.float32)
+    decay = tiles.tile(g, begin, h, t0, d0, length, H, D, C, BD).to(tl.float32)
     x = tl.where(decay <= tiles.NO_GRADIENT, 0.0, x)
     if not FIRST:
         # The first token has nothing to forget: 0, not rounding error.
         x = tl.where((t0 + tl.arange(0, C) == 0)[:, None], 0.0, x)
-    tiles.store_tile(dg, x, b, h, t0, d0, T, H, D, C, BD)
+    tiles.store_tile(dg, x, begin, h, t0, d0, length, H, D, C, BD)
 
 
 def _tiling(g: Tensor, shape: Shape) -> tuple[int, int, tuple[int, int]]:
     D = g.shape[3] if g.ndim == 4 else 1
     BD = min(launch.padded(D), 32) if D > 1 else 1
-    return D, BD, (shape.chunks * ceil_div(D, BD), shape.heads)
+    return D, BD, (shape.chunks * ceil_div(D, BD), shape.H)
 
 
 def prefix_sum(g: Tensor | None, shape: Shape) -> Tensor | None:
@@ -62,7 +65,7 @@ def prefix_sum(g: Tensor | None, shape: Shape) -> Tensor | None:
         return None
     G = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     D, BD, grid = _tiling(g, shape)
-    launch.run(prefix_kernel, grid, {"g": g, "G": G, **shape.sizes(), "D": D, "BD": BD}, warps=1 if D == 1 else 4)
+    launch.run(prefix_kernel, grid, {"g": g, "G": G, **shape.sizes(g), "D": D, "BD": BD}, warps=1 if D == 1 else 4)
     return G
 
 
@@ -71,15 +74,7 @@ def prefix_sum_adjoint(dG: Tensor, g: Tensor, first: bool, shape: Shape) -> Tens
     dg = torch.empty_like(g)
     D, BD, grid = _tiling(g, shape)
     arguments = {
-        "dG": dG,
-        "g": g,
-        "dg": dg,
-        **shape.sizes(),
-        "part": g.numel(),
-        "D": D,
-        "BD": BD,
-        "PARTS": len(dG),
-        "FIRST": first,
-    }
+        "dG": dG, "g": g, "dg": dg, **shape.sizes(g), "part": g.numel(), "D": D, "BD": BD, "PARTS": len(dG), "FIRST": first,
+    }  # fmt: skip
     launch.run(suffix_kernel, grid, arguments, warps=1 if D == 1 else 4)
     return dg

@@ -5,7 +5,7 @@
 One program holds S[K, BV] of one (batch, head) in registers, in float32, and walks over all tokens: the state is read and written
 once per launch. Columns of S never meet, so the V blocks are independent.
 
-    q, r, w [B,T,H,K]; v, o [B,T,H,V]; g (log a) [B,T,H] or [B,T,H,K]; first, last [B,H,K,V] fp32
+    q, r, w [B,T,H,K]; v, o [B,T,H,V]; g (log a) [B,T,H] or [B,T,H,K]; first, last [N,H,K,V] fp32, N sequences
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
 
@@ -20,20 +20,21 @@ from . import launch, tiles
 from .launch import Shape, ceil_div, gate_of, padded
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "sequences"])
 def recurrent_kernel(
-    q, r, w, v, g, first, o, last, scale, T,
+    q, r, w, v, g, first, o, last, scale, table, sequences, T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, ERASE: tl.constexpr, FIRST: tl.constexpr,
+    GATE: tl.constexpr, ERASE: tl.constexpr, FIRST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    b, h = tiles.head(1, H)
-    group = b * H + h
-    v0 = tl.program_id(0) * BV
+    group = tl.program_id(0).to(tl.int64)
+    s, h = group // H, group % H
+    v0 = tl.program_id(1) * BV
+    begin, length, _ = tiles.sequence(s, table, sequences, T, 1, PACKED)
     ks = tl.arange(0, BK)
     vs = v0 + tl.arange(0, BV)
-    token = b * T * H + h
+    token = begin * H + h
     S = tiles.state_tile(first, group, 0, v0, K, V, BK, BV).to(tl.float32) if FIRST else tl.zeros([BK, BV], tl.float32)
-    for _ in range(T):
+    for _ in range(length):
         at_k, at_v = token * K + ks, token * V + vs
         if GATE == "scalar":
             S *= tl.exp(tl.load(g + token).to(tl.float32))
@@ -54,15 +55,15 @@ def recurrent(
 ) -> tuple[Tensor, Tensor]:
     """o [B,T,H,V] in v's dtype and the last state [B,H,K,V] in float32."""
     o = torch.empty_like(v)
-    last = torch.empty(shape.B, shape.H, shape.K, shape.V, dtype=torch.float32, device=q.device)
+    last = torch.empty(shape.sequences, shape.H, shape.K, shape.V, dtype=torch.float32, device=q.device)
     BK = padded(shape.K)
     # 64 floats of state a thread at most; one warp reduces over K without leaving its registers.
     BV = min(padded(shape.V), 16)
     warps = max(1, BK * BV // 2048)
     arguments = {
         "q": q, "r": q if r is None else r, "w": w, "v": v, "g": q if g is None else g, "first": last if first is None else first,
-        "o": o, "last": last, "scale": scale, "T": shape.T, "H": shape.H, "K": shape.K, "V": shape.V, "BK": BK, "BV": BV,
-        "GATE": gate_of(g), "ERASE": r is not None, "FIRST": first is not None,
+        "o": o, "last": last, "scale": scale, **launch.places(q, shape.T, shape.H, 1, shape.packing), "K": shape.K, "V": shape.V,
+        "BK": BK, "BV": BV, "GATE": gate_of(g), "ERASE": r is not None, "FIRST": first is not None,
     }  # fmt: skip
-    launch.run(recurrent_kernel, (ceil_div(shape.V, BV), shape.heads), arguments, warps, registers=255)
+    launch.run(recurrent_kernel, (shape.heads, ceil_div(shape.V, BV)), arguments, warps, registers=255)
     return o, last

@@ -7,7 +7,7 @@
     d s = step b ((1 - b r) lam - b zeta d_t)                           d anchor = sum_t (1 - gamma) lam
     the gradient of d_t = dD_t + gamma lam - step b^2 zeta s_t
 
-    s, D [B,T,H,K] (D_t = d_t, before its token's update); step, b, log gamma [B,T,H]; first, last, anchor [B,H,K]
+    s, D [B,T,H,K] (D_t = d_t, before its token's update); step, b, log gamma [B,T,H]; first, last, anchor [N,H,K]
 
 One program, one warp, per head: d [K] stays in its registers. The box is applied after every EVERY-th token and after the last.
 """
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..packing import Packing
 from . import launch, tiles
 from .launch import padded
 
@@ -42,53 +43,55 @@ def _scalars(step, aware, g, token, AWARE: tl.constexpr, GATE: tl.constexpr):
     return tl.load(step + token).to(tl.float32), b, gamma
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "sequences"])
 def hypergradient_scan_kernel(
-    s, step, aware, g, first, anchor, D, last, low, high, T,
+    s, step, aware, g, first, anchor, D, last, low, high, table, sequences, T,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, AWARE: tl.constexpr, GATE: tl.constexpr, ANCHOR: tl.constexpr,
-    BOX: tl.constexpr, EVERY: tl.constexpr,
+    BOX: tl.constexpr, EVERY: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    b, h = tiles.head(0, H)
+    program = tl.program_id(0).to(tl.int64)
+    begin, length, _chunk = tiles.sequence(program // H, table, sequences, T, 1, PACKED)
     k = tl.arange(0, BK)
     inside = k < K
-    group = (b * H + h) * K
+    group = program * K
     d = tl.load(first + group + k, mask=inside, other=0.0).to(tl.float32)
     goal = tl.load(anchor + group + k, mask=inside, other=0.0).to(tl.float32) if ANCHOR else tl.zeros([BK], tl.float32)
-    token = b * T * H + h
-    for t in range(T):
+    token = begin * H + program % H
+    for t in tl.range(length, num_stages=4):
         x = tl.load(s + token * K + k, mask=inside, other=0.0).to(tl.float32)
         tl.store(D + token * K + k, d, mask=inside)
         eta, beta, gamma = _scalars(step, aware, g, token, AWARE, GATE)
         d, _ = _next(d, x, eta, beta, gamma, goal)
         if BOX:
-            cut = ((t + 1) % EVERY == 0) | (t + 1 == T)
+            cut = ((t + 1) % EVERY == 0) | (t + 1 == length)
             d = tl.where(cut, tl.minimum(tl.maximum(d, low), high), d)
         token += H
     tl.store(last + group + k, d, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "sequences"])
 def hypergradient_scan_adjoint_kernel(
-    dD, d_last, s, step, aware, g, anchor, D, ds, d_step, d_aware, dg, d_first, d_anchor, low, high, T,
+    dD, d_last, s, step, aware, g, anchor, D, ds, d_step, d_aware, dg, d_first, d_anchor, low, high, table, sequences, T,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, AWARE: tl.constexpr, GATE: tl.constexpr, ANCHOR: tl.constexpr,
-    BOX: tl.constexpr, EVERY: tl.constexpr,
+    BOX: tl.constexpr, EVERY: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    b, h = tiles.head(0, H)
+    program = tl.program_id(0).to(tl.int64)
+    begin, length, _chunk = tiles.sequence(program // H, table, sequences, T, 1, PACKED)
     k = tl.arange(0, BK)
     inside = k < K
-    group = (b * H + h) * K
+    group = program * K
     lam = tl.load(d_last + group + k, mask=inside, other=0.0).to(tl.float32)
     goal = tl.load(anchor + group + k, mask=inside, other=0.0).to(tl.float32) if ANCHOR else tl.zeros([BK], tl.float32)
     d_goal = tl.zeros([BK], tl.float32)
-    token = (b * T + T) * H + h
-    for back in range(T):
+    token = (begin + length) * H + program % H
+    for back in tl.range(length, num_stages=4):
         token -= H
         x = tl.load(s + token * K + k, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(D + token * K + k, mask=inside, other=0.0)
         eta, beta, gamma = _scalars(step, aware, g, token, AWARE, GATE)
         after, residual = _next(d, x, eta, beta, gamma, goal)
         if BOX:
-            cut = ((T - back) % EVERY == 0) | (back == 0)
+            cut = ((length - back) % EVERY == 0) | (back == 0)
             lam = tl.where(cut & ((after < low) | (after > high)), 0.0, lam)
         zeta = tl.sum(lam * x, 0)
         tl.store(d_step + token, beta * residual * zeta)
@@ -115,27 +118,30 @@ class Inputs(NamedTuple):
     anchor: Tensor | None
 
 
-def _arguments(x: Inputs, box: Box | None, every: int) -> dict[str, Any]:
+def _arguments(x: Inputs, box: Box | None, every: int, packing: Packing | None) -> dict[str, Any]:
     low, high = (0.0, 0.0) if box is None else box
     K = x.s.shape[3]
     return {
         "s": x.s, "step": x.step, "aware": x.step if x.aware is None else x.aware, "g": x.step if x.g is None else x.g,
-        "anchor": x.first if x.anchor is None else x.anchor, "low": low, "high": high, "T": x.s.shape[1], "H": x.s.shape[2],
-        "K": K, "BK": padded(K), "AWARE": x.aware is not None, "GATE": x.g is not None, "ANCHOR": x.anchor is not None,
+        "anchor": x.first if x.anchor is None else x.anchor, "low": low, "high": high, "K": K,
+        **launch.places(x.s, x.s.shape[1], x.s.shape[2], 1, packing), "BK": padded(K),
+        "AWARE": x.aware is not None, "GATE": x.g is not None, "ANCHOR": x.anchor is not None,
         "BOX": box is not None, "EVERY": every,
     }  # fmt: skip
 
 
-def hypergradient_scan(x: Inputs, box: Box | None, every: int) -> tuple[Tensor, Tensor]:
+def hypergradient_scan(x: Inputs, box: Box | None, every: int, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
     """D [B,T,H,K] and d_{T+1}, in float32."""
     D = torch.empty(x.s.shape, dtype=torch.float32, device=x.s.device)
     last = torch.empty(x.first.shape, dtype=torch.float32, device=x.s.device)
-    arguments = {**_arguments(x, box, every), "first": x.first, "D": D, "last": last}
-    launch.run(hypergradient_scan_kernel, (x.s.shape[0] * x.s.shape[2],), arguments, warps=1)
+    arguments = {**_arguments(x, box, every, packing), "first": x.first, "D": D, "last": last}
+    launch.run(hypergradient_scan_kernel, (len(x.first) * x.s.shape[2],), arguments, warps=1)
     return D, last
 
 
-def hypergradient_scan_adjoint(dD: Tensor, d_last: Tensor, x: Inputs, D: Tensor, box: Box | None, every: int) -> Inputs:
+def hypergradient_scan_adjoint(
+    dD: Tensor, d_last: Tensor, x: Inputs, D: Tensor, box: Box | None, every: int, packing: Packing | None = None
+) -> Inputs:
     """The gradient of every input, in float32."""
 
     def like(tensor: Tensor) -> Tensor:
@@ -145,9 +151,9 @@ def hypergradient_scan_adjoint(dD: Tensor, d_last: Tensor, x: Inputs, D: Tensor,
     d_aware, dg, d_anchor = (None if tensor is None else like(tensor) for tensor in (x.aware, x.g, x.anchor))
     found = Inputs(ds, d_step, d_aware, dg, d_first, d_anchor)
     arguments = {
-        **_arguments(x, box, every), "dD": dD, "d_last": d_last, "D": D, "ds": ds, "d_step": d_step, "d_first": d_first,
+        **_arguments(x, box, every, packing), "dD": dD, "d_last": d_last, "D": D, "ds": ds, "d_step": d_step, "d_first": d_first,
         "d_aware": d_step if d_aware is None else d_aware, "dg": d_step if dg is None else dg,
         "d_anchor": d_first if d_anchor is None else d_anchor,
     }  # fmt: skip
-    launch.run(hypergradient_scan_adjoint_kernel, (x.s.shape[0] * x.s.shape[2],), arguments, warps=1)
+    launch.run(hypergradient_scan_adjoint_kernel, (len(x.first) * x.s.shape[2],), arguments, warps=1)
     return found

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..packing import Packing
 from . import scan_diagonal as diagonal
 from . import scan_hypergradient as hypergradient
 from .scan_hypergradient import Box, Inputs
 
 
-def diagonal_scan(u: Tensor, log_decay: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor]:
+def diagonal_scan(u: Tensor, log_decay: Tensor | None, initial: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
     result: tuple[Tensor, Tensor] = _DiagonalScan.apply(  # type: ignore[no-untyped-call]
-        u.contiguous(), _contiguous(log_decay), initial.contiguous()
+        u.contiguous(), _contiguous(log_decay), initial.contiguous(), packing
     )
     return result
 
@@ -29,9 +30,10 @@ def hypergradient_scan(
     anchor: Tensor | None,
     box: Box | None,
     clip_every: int,
+    packing: Packing | None,
 ) -> tuple[Tensor, Tensor]:
     tensors = [_contiguous(x) for x in (s, step, aware, log_decay, initial, anchor)]
-    result: tuple[Tensor, Tensor] = _HypergradientScan.apply(*tensors, box, clip_every)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _HypergradientScan.apply(*tensors, box, clip_every, packing)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -45,28 +47,29 @@ def _given(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 class _DiagonalScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, g: Tensor | None, first: Tensor) -> tuple[Tensor, Tensor]:
-        A, last = diagonal.diagonal_scan(u, g, first)
-        ctx.save_for_backward(g, first, A)
-        ctx.dtype = u.dtype
+    def forward(ctx: Any, u: Tensor, g: Tensor | None, first: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
+        A, last, entering = diagonal.diagonal_scan(u, g, first, packing)
+        ctx.save_for_backward(g, first, A, entering)
+        ctx.dtype, ctx.packing = u.dtype, packing
         ctx.set_materialize_grads(False)
         return A, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dA: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, first, A = ctx.saved_tensors
-        du, dg, d_first = diagonal.diagonal_scan_adjoint(_given(dA, A), _given(d_last, first.float()), g, first, A)
-        return du.to(ctx.dtype), None if dg is None else dg.to(g.dtype), d_first.to(first.dtype)
+        g, first, A, entering = ctx.saved_tensors
+        dA, d_last = _given(dA, A), _given(d_last, first.float())
+        du, dg, d_first = diagonal.diagonal_scan_adjoint(dA, d_last, g, A, entering, ctx.packing)
+        return du.to(ctx.dtype), None if dg is None else dg.to(g.dtype), d_first.to(first.dtype), None
 
 
 class _HypergradientScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, box, every = arguments
-        D, last = hypergradient.hypergradient_scan(Inputs(*tensors), box, every)
+        *tensors, box, every, packing = arguments
+        D, last = hypergradient.hypergradient_scan(Inputs(*tensors), box, every, packing)
         ctx.save_for_backward(*tensors, D)
-        ctx.box, ctx.every = box, every
+        ctx.options = box, every, packing
         ctx.set_materialize_grads(False)
         return D, last
 
@@ -75,6 +78,6 @@ class _HypergradientScan(torch.autograd.Function):
     def backward(ctx: Any, dD: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, D = ctx.saved_tensors
         x = Inputs(*tensors)
-        found = hypergradient.hypergradient_scan_adjoint(_given(dD, D), _given(d_last, x.first.float()), x, D, ctx.box, ctx.every)
+        found = hypergradient.hypergradient_scan_adjoint(_given(dD, D), _given(d_last, x.first.float()), x, D, *ctx.options)
         gradients = [None if d is None else d.to(t.dtype) for d, t in zip(found, tensors, strict=True)]
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)

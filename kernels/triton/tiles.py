@@ -17,41 +17,67 @@ NO_GRADIENT = tl.constexpr(-87.0)
 
 
 @triton.jit
-def head(axis: tl.constexpr, H: tl.constexpr):
-    """(batch, head) of this program, 64-bit."""
-    group = tl.program_id(axis).to(tl.int64)
-    return group // H, group % H
+def chunk(index, table, sequences, T, C: tl.constexpr, PACKED: tl.constexpr):
+    """Chunk `index` of all: its sequence; where that begins among all tokens, 64-bit; its length; the chunk's first token in it.
+
+    Sequences are the rows of a batch, T tokens each, or packed into one (packing.py has the table)."""
+    if PACKED:
+        s = tl.load(table + 2 * (sequences + 1) + index)
+        begin = tl.load(table + s)
+        length = (tl.load(table + s + 1) - begin).to(tl.int32)
+        n = index - tl.load(table + sequences + 1 + s).to(tl.int32)
+    else:
+        chunks = (T + C - 1) // C
+        s = (index // chunks).to(tl.int64)
+        begin = s * T
+        length = T
+        n = index % chunks
+    return s, begin, length, n * C
 
 
 @triton.jit
-def tile(x, b, h, t0, d0, T, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """x[b, t0 : t0 + ROWS, h, d0 : d0 + COLS] of a contiguous [B,T,H,D], as stored."""
+def sequence(s, table, sequences, T, C: tl.constexpr, PACKED: tl.constexpr):
+    """Sequence `s`: where it begins among all tokens, its length, and its first chunk among all; 64-bit but the length."""
+    if PACKED:
+        begin = tl.load(table + s)
+        length = (tl.load(table + s + 1) - begin).to(tl.int32)
+        first = tl.load(table + sequences + 1 + s)
+    else:
+        begin = s * T
+        length = T
+        first = s * ((T + C - 1) // C)
+    return begin, length, first
+
+
+@triton.jit
+def tile(x, begin, h, t0, d0, length, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Tokens t0 ... t0 + ROWS of a sequence, x[begin + t, h, d0 : d0 + COLS] of a contiguous [B,T,H,D], as stored."""
     t = t0 + tl.arange(0, ROWS)
     d = d0 + tl.arange(0, COLS)
-    inside = (t < T)[:, None] & (d < D)[None, :]
-    return tl.load(x + ((b * T + t[:, None]) * H + h) * D + d[None, :], mask=inside, other=0.0)
+    inside = (t < length)[:, None] & (d < D)[None, :]
+    return tl.load(x + ((begin + t[:, None]) * H + h) * D + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def store_tile(x, value, b, h, t0, d0, T, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def store_tile(x, value, begin, h, t0, d0, length, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     t = t0 + tl.arange(0, ROWS)
     d = d0 + tl.arange(0, COLS)
-    inside = (t < T)[:, None] & (d < D)[None, :]
-    tl.store(x + ((b * T + t[:, None]) * H + h) * D + d[None, :], value.to(x.dtype.element_ty), mask=inside)
+    inside = (t < length)[:, None] & (d < D)[None, :]
+    tl.store(x + ((begin + t[:, None]) * H + h) * D + d[None, :], value.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def column(x, b, h, t0, T, H: tl.constexpr, ROWS: tl.constexpr):
-    """x[b, t0 : t0 + ROWS, h] of a contiguous [B,T,H], in float32."""
+def column(x, begin, h, t0, length, H: tl.constexpr, ROWS: tl.constexpr):
+    """x[begin + t, h] of a contiguous [B,T,H] for t0 <= t < t0 + ROWS, in float32."""
     t = t0 + tl.arange(0, ROWS)
-    return tl.load(x + (b * T + t) * H + h, mask=t < T, other=0.0).to(tl.float32)
+    return tl.load(x + (begin + t) * H + h, mask=t < length, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def row(x, b, h, t, d0, T, H: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr):
-    """x[b, t, h, d0 : d0 + COLS] in float32; t must be a token, and counts as the last one where it is beyond."""
+def row(x, begin, h, t, d0, length, H: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr):
+    """x[begin + t, h, d0 : d0 + COLS] in float32; t must be a token, and counts as the last one where it is beyond."""
     d = d0 + tl.arange(0, COLS)
-    return tl.load(x + ((b * T + tl.minimum(t, T - 1)) * H + h) * D + d, mask=d < D, other=0.0).to(tl.float32)
+    return tl.load(x + ((begin + tl.minimum(t, length - 1)) * H + h) * D + d, mask=d < D, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 Y_n = P_n Diag(f) X_n   or   P_n^T Diag(f) X_n        f: 1 | exp(G_i) (from the chunk's start) | exp(G_C - G_i) (to its end)
 
-X, Y [B,T,H,D]; P [B*H,N,C,C]; G [B,T,H] for f.         Forward: (I + M)^-1 on values and read keys; backward: transposes.
+X, Y [B,T,H,D]; P [chunks,H,C,C]; G [B,T,H] for f.         Forward: (I + M)^-1 on values and read keys; backward: transposes.
 
 from start  X_i exp(G_i)          to end  X_i exp(G_C - G_i)          G [B,T,H,D]: one decay per channel, a pass of its own
 """
@@ -19,42 +19,46 @@ from . import launch, tiles
 from .launch import Shape, ceil_div, padded
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "sequences"])
 def transform_kernel(
-    P, X, G, Y, T,
+    P, X, G, Y, table, sequences, T,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    b, h = tiles.head(1, H)
+    h = tl.program_id(1)
     blocks: tl.constexpr = (D + BD - 1) // BD
     n = tl.program_id(0) // blocks
     d0 = tl.program_id(0) % blocks * BD
-    t0 = n * C
-    index = (b * H + h) * (tl.num_programs(0) // blocks) + n
+    _, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
+    index = n.to(tl.int64) * H + h
     p = tiles.square(P, index, 0, 0, C, C, C).to(DOT)
-    x = tiles.tile(X, b, h, t0, d0, T, H, D, C, BD)
+    x = tiles.tile(X, begin, h, t0, d0, length, H, D, C, BD)
     if DECAY != "none":
-        g = tiles.column(G, b, h, t0, T, H, C)
+        g = tiles.column(G, begin, h, t0, length, H, C)
         if DECAY == "to end":
-            g = tl.load(G + (b * T + tl.minimum(t0 + C, T) - 1) * H + h) - g
-        x = x.to(tl.float32) * tl.exp(tl.where(t0 + tl.arange(0, C) < T, g, 0.0))[:, None]
+            g = tl.load(G + (begin + tl.minimum(t0 + C, length) - 1) * H + h) - g
+        x = x.to(tl.float32) * tl.exp(tl.where(t0 + tl.arange(0, C) < length, g, 0.0))[:, None]
     if TRANSPOSED:
         p = tl.trans(p)
-    tiles.store_tile(Y, tl.dot(p, x.to(DOT), input_precision=PRECISION), b, h, t0, d0, T, H, D, C, BD)
+    tiles.store_tile(Y, tl.dot(p, x.to(DOT), input_precision=PRECISION), begin, h, t0, d0, length, H, D, C, BD)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "sequences"])
 def decayed_kernel(
-    X, G, Y, scale, T, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, TO_END: tl.constexpr
+    X, G, Y, scale, table, sequences, T,
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, TO_END: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    b, h = tiles.head(1, H)
-    t0 = tl.program_id(0) * R
-    x = tiles.tile(X, b, h, t0, 0, T, H, D, R, BD).to(tl.float32) * scale
-    g = tiles.tile(G, b, h, t0, 0, T, H, D, R, BD)
+    h = tl.program_id(1)
+    strips: tl.constexpr = C // R
+    _, begin, length, start = tiles.chunk(tl.program_id(0) // strips, table, sequences, T, C, PACKED)
+    t0 = start + tl.program_id(0) % strips * R
+    x = tiles.tile(X, begin, h, t0, 0, length, H, D, R, BD).to(tl.float32) * scale
+    g = tiles.tile(G, begin, h, t0, 0, length, H, D, R, BD)
     if TO_END:
-        end = tiles.row(G, b, h, t0 // C * C + C - 1, 0, T, H, D, BD)
-        g = tl.where((t0 + tl.arange(0, R) < T)[:, None], end[None, :] - g, 0.0)
-    tiles.store_tile(Y, x * tl.exp(g), b, h, t0, 0, T, H, D, R, BD)
+        end = tiles.row(G, begin, h, start + C - 1, 0, length, H, D, BD)
+        g = tl.where((t0 + tl.arange(0, R) < length)[:, None], end[None, :] - g, 0.0)
+    tiles.store_tile(Y, x * tl.exp(g), begin, h, t0, 0, length, H, D, R, BD)
 
 
 def transform(
@@ -66,10 +70,10 @@ def transform(
     BD = shape.block(D, 64)
     decay = "none" if G is None else "to end" if to_end else "from start"
     arguments = {
-        "P": P, "X": X, "G": P if G is None else G, "Y": Y, **shape.sizes(), "D": D, "BD": BD, "TRANSPOSED": transposed,
+        "P": P, "X": X, "G": P if G is None else G, "Y": Y, **shape.sizes(X), "D": D, "BD": BD, "TRANSPOSED": transposed,
         "DECAY": decay, **shape.products(),
     }  # fmt: skip
-    launch.run(transform_kernel, (shape.chunks * ceil_div(D, BD), shape.heads), arguments, warps=4, registers=128)
+    launch.run(transform_kernel, (shape.chunks * ceil_div(D, BD), shape.H), arguments, warps=4, registers=128)
     return Y
 
 
@@ -78,7 +82,8 @@ def decayed(X: Tensor, G: Tensor, shape: Shape, to_end: bool = False, scale: flo
     Y = torch.empty(X.shape, dtype=shape.operand, device=X.device)
     rows = launch.SUB_BLOCK
     arguments = {
-        "X": X, "G": G, "Y": Y, "scale": scale, **shape.sizes(), "D": shape.K, "R": rows, "BD": padded(shape.K), "TO_END": to_end,
+        "X": X, "G": G, "Y": Y, "scale": scale, **shape.sizes(X), "D": shape.K, "R": rows, "BD": padded(shape.K),
+        "TO_END": to_end,
     }  # fmt: skip
-    launch.run(decayed_kernel, (ceil_div(shape.T, rows), shape.heads), arguments, warps=4)
+    launch.run(decayed_kernel, (shape.chunks * (shape.C // rows), shape.H), arguments, warps=4)
     return Y

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ...recurrences import LanguageModel
 from ..config import TrainingConfig
-from ..tasks import Split
+from ..tasks import Split, document_starts
 from .checkpoint import load_checkpoint, save_checkpoint, set_aside
 from .device import Hardware
 from .order import Order
@@ -107,12 +106,14 @@ class Trainer:
             self.save()
 
     def _one_step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, targets = self.split.rows(self._order.rows(self.step))
+        rows = self._order.rows(self.step)
+        inputs, targets = self.split.rows(rows)
         self._tokens += inputs.size
         device = self.hardware.device
+        begins = document_starts(self.split, rows)
+        starts = None if begins is None else torch.from_numpy(begins).to(device)
         with self.hardware.autocast():
-            logits, wanted = self.model.scored_logits(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
-        loss = F.cross_entropy(logits.float(), wanted)
+            loss = self.model.loss(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), starts)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
         for group in self.optimiser.param_groups:

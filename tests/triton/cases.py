@@ -25,6 +25,8 @@ class Case:
     reset: bool = False
     fault: str | None = None
     gradients: bool = True
+    lengths: tuple[int, ...] = ()
+    """Of packed sequences; T is their sum."""
 
     @property
     def name(self) -> str:
@@ -37,6 +39,7 @@ class Case:
             f"V{self.V}",
             f"C{self.chunk}",
         ]
+        parts += ["packed"] if self.lengths else []
         parts += [word for word, on in (("state", self.state), ("reset", self.reset), ("forward", not self.gradients)) if on]
         return "-".join(parts) + (f" {self.fault}" if self.fault else "")
 
@@ -68,6 +71,10 @@ def _corners() -> list[Case]:
             for dtype in ("float32", "float16")
         )
         found.append(replace(full, T=1, gradients=False, state=False))
+    # float32 states of wide heads are two tiles.
+    found.append(Case("scalar", True, "float32", T=18, K=136, V=16, H=1))
+    found.append(Case("channel", False, "float32", T=18, K=136, V=16, H=1))
+    found.append(Case("none", True, "float32", T=18, K=136, V=16, H=1))
     for gate in ("scalar", "channel"):
         # Several blocks of key and value channels, the last one partly masked; a gate that resets (log_decay -inf).
         found.append(Case(gate, True, "float32", T=18, K=72, V=80, H=1))
@@ -75,7 +82,21 @@ def _corners() -> list[Case]:
     return found
 
 
-CASES = _everything() + _corners()
+LENGTHS = (1, 0, 18, 16, 0)
+"""Below, at and beyond a chunk of 16, with empty sequences between and at the end."""
+
+
+def _packed() -> list[Case]:
+    whole = Case("none", True, "float32", T=sum(LENGTHS), lengths=LENGTHS)
+    found = [replace(whole, gate=gate, erase=erase) for gate in GATES for erase in (True, False)]
+    found += [replace(whole, gate=gate, dtype="float16", state=False, H=1) for gate in GATES]
+    found.append(replace(whole, gate="scalar", reset=True, H=1))
+    short = (3, 0, 11, 1)
+    found += [replace(whole, gate=gate, T=sum(short), lengths=short, gradients=False) for gate in GATES]
+    return found
+
+
+CASES = _everything() + _corners() + _packed()
 
 FAULTS = {
     "decay off by one row": ("scalar", "channel"),
@@ -90,6 +111,9 @@ PLANTED = [
     for fault, gates in FAULTS.items()
     for gate in gates
 ]  # fmt: skip
+PLANTED += [
+    Case(gate, True, "float32", T=sum(LENGTHS), lengths=LENGTHS, fault="a sequence starts one token late") for gate in GATES
+]
 
 
 @dataclass(frozen=True)
@@ -106,10 +130,12 @@ class Scan:
     K: int = 24
     reset: bool = False
     fault: str | None = None
+    lengths: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         words = [word for word in ("gate", "aware", "anchor", "reset") if getattr(self, word)]
+        words += ["packed"] if self.lengths else []
         box = [f"box{self.box[0]:g}to{self.box[1]:g}every{self.every}"] if self.box else []
         return "-".join(["scan", self.kind, *words, *box, f"T{self.T}", f"K{self.K}"]) + (f" {self.fault}" if self.fault else "")
 
@@ -125,8 +151,53 @@ SCANS = [
     Scan("hypergradient", gate=True, aware=True, anchor=True, box=(0.9, 1.1)),
     Scan("hypergradient", gate=False, aware=True, box=(0.95, 1.05), every=8),
     Scan("hypergradient", gate=True, T=1),
+    Scan("diagonal", gate=True, T=sum(LENGTHS), lengths=LENGTHS),
+    Scan("diagonal", gate=False, T=70, lengths=(40, 0, 30)),
+    Scan("hypergradient", gate=True, aware=True, anchor=True, box=(0.9, 1.1), T=sum(LENGTHS), lengths=LENGTHS),
 ]
 PLANTED_SCANS = [
+    Scan("diagonal", gate=True, T=sum(LENGTHS), lengths=LENGTHS, fault="a sequence starts one token late"),
     Scan("diagonal", gate=True, fault="gradient one row late"),
     Scan("hypergradient", gate=True, aware=True, box=(0.9, 1.1), fault="box a little wider"),
+]
+
+
+@dataclass(frozen=True)
+class Write:
+    """One call of the fused preconditioner: from key to write key."""
+
+    squash: str = "softsign"
+    interval: str = "symmetric"
+    exponent: float = 1.0
+    gate: bool = True
+    gain: bool = False
+    beta: bool = True
+    dtype: str = "float32"
+    T: int = 41
+    K: int = 24
+    lengths: tuple[int, ...] = ()
+    reset: bool = False
+    fault: str | None = None
+
+    @property
+    def name(self) -> str:
+        words = [word for word in ("gate", "gain", "beta", "reset") if getattr(self, word)] + ["packed"] * bool(self.lengths)
+        name = "-".join(["write", self.squash, self.interval, self.dtype, *words, f"T{self.T}", f"K{self.K}"])
+        return name + (f" {self.fault}" if self.fault else "")
+
+
+WRITES = [
+    Write(),
+    Write(gain=True, K=72),
+    Write(gate=False, beta=False, T=70),
+    Write(squash="tanh", interval="below", exponent=2.0),
+    Write(squash="none", exponent=0.3, gain=True, gate=False),
+    Write(interval="above", reset=True, T=5),
+    Write(interval="below", gain=True, T=sum(LENGTHS), lengths=LENGTHS),
+    Write(dtype="float16", gain=True),
+]
+PLANTED_WRITES = [
+    Write(fault="a chunk's sum left out", T=70),
+    Write(fault="squash a little steeper"),
+    Write(fault="a sequence starts one token late", T=sum(LENGTHS), lengths=LENGTHS),
 ]

@@ -9,6 +9,7 @@ round them, plus one rounding of the tensor itself, plus what a decay exp(G_i - 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -20,13 +21,14 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from cases import CASES, PLANTED, PLANTED_SCANS, SCANS, Case, Scan
+from cases import CASES, PLANTED, PLANTED_SCANS, PLANTED_WRITES, SCANS, WRITES, Case, Scan, Write
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltalab.kernels import chunked, reference
+from deltalab.kernels import Squash, chunked, preconditioned_write_key, reference
 from deltalab.kernels import triton as gpu
+from deltalab.kernels.packing import Call, Packing, one_by_one
 from deltalab.kernels.triton import launch
 
 FACTOR = 4.0
@@ -71,7 +73,7 @@ def inputs_of(case: Case) -> dict[str, Tensor | None]:
         "write_key": write_key,
         "v": torch.randn(B, T, H, V).to(dtype),
         "log_decay": decay,
-        "initial_state": torch.randn(B, H, K, V) if case.state else None,
+        "initial_state": torch.randn(len(case.lengths) or B, H, K, V) if case.state else None,
     }
 
 
@@ -93,6 +95,24 @@ def results(
     return {"output": o.detach(), "final": last.detach()} | {f"gradient of {n}": g for n, g in zip(leaves, found, strict=True)}
 
 
+def packing_of(lengths: tuple[int, ...]) -> Packing | None:
+    return Packing((0, *itertools.accumulate(lengths))) if lengths else None
+
+
+def separately(function: Call, lengths: tuple[int, ...]) -> Call:
+    """`function`, once for every packed sequence."""
+    packing = packing_of(lengths)
+    if packing is None:
+        return function
+
+    def run(**given: Tensor | None) -> tuple[Tensor, Tensor]:
+        states = {name: x for name, x in given.items() if name in ("initial_state", "initial", "anchor")}
+        tokens = {name: x for name, x in given.items() if name not in states}
+        return one_by_one(function, tokens, states, packing)
+
+    return run
+
+
 def truth(**given: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = {name: None if x is None else x.double() for name, x in given.items()}
     q, v = wide["q"], wide["v"]
@@ -107,15 +127,17 @@ def same_formula(case: Case, given: dict[str, Tensor | None]) -> dict[str, Tenso
     def run(**tensors: Any) -> tuple[Tensor, Tensor]:
         return chunked.delta_rule(**tensors, scale=SCALE, chunk_size=case.chunk, dtype=torch.float32)
 
+    separate = separately(run, case.lengths)
     if case.dtype == "float32":
-        return results(run, given, case.gradients)
+        return results(separate, given, case.gradients)
     with HalfProducts():
-        return results(run, given, case.gradients)
+        return results(separate, given, case.gradients)
 
 
 def kernels(case: Case, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
     with poisoned(), planted(case.fault):
-        return results(lambda **tensors: gpu.delta_rule(**tensors, scale=SCALE, chunk_size=case.chunk), given, case.gradients)
+        options: dict[str, Any] = {"scale": SCALE, "chunk_size": case.chunk, "packing": packing_of(case.lengths)}
+        return results(lambda **tensors: gpu.delta_rule(**tensors, **options), given, case.gradients)
 
 
 @contextmanager
@@ -136,6 +158,10 @@ def planted(fault: str | None) -> Iterator[None]:
     run = launch.run
 
     def faulty(kernel: Any, grid: Any, arguments: dict[str, Any], *more: Any, **options: Any) -> None:
+        if fault == "a sequence starts one token late":
+            arguments = {**arguments, "table": arguments["table"].clone()} if "table" in arguments else arguments
+            if "table" in arguments:
+                arguments["table"][2] += 1
         run(kernel, grid, arguments, *more, **options)
         name, C = kernel.__name__, arguments.get("C", 1)
         if fault == "decay off by one row" and name == "prefix_kernel":
@@ -145,11 +171,13 @@ def planted(fault: str | None) -> Iterator[None]:
         elif fault == "inverse wrong by 1e-4" and name == "inverse_kernel":
             arguments["inverse"].tril_(-1).mul_(1 + 1e-4).add_(torch.eye(C))
         elif fault == "states one chunk late" and name == "states_kernel":
-            arguments["S_all"][:, 1:] = arguments["S_all"][:, :-1].clone()
+            arguments["S_all"][1:] = arguments["S_all"][:-1].clone()
         elif fault == "last token left out" and name == "outputs_kernel":
             arguments["O"][:, -1] = 0
+        elif fault == "a chunk's sum left out" and name == "chunk_totals_kernel":
+            arguments["totals"][1] = 0
         elif fault == "decay gradient without the state's part" and name == "states_kernel":
-            arguments["S_all"][:, -1] = 0
+            arguments["S_all"][-1] = 0
 
     launch.run = faulty
     try:
@@ -168,14 +196,16 @@ def longest_prefix(case: Case, log_decay: Tensor | None) -> float:
     """The largest |G| of any chunk."""
     if log_decay is None:
         return 0.0
-    chunks = log_decay.clamp(min=-110).split(case.chunk, dim=1)
+    whole = log_decay.clamp(min=-110).split(list(case.lengths), dim=1) if case.lengths else (log_decay.clamp(min=-110),)
+    chunks = [chunk for part in whole if part.shape[1] for chunk in part.split(case.chunk, dim=1)]
     return max(float(chunk.cumsum(1).abs().max()) for chunk in chunks)
 
 
 def compare(case: Case) -> dict[str, Any]:
     """Per tensor: the errors, and what they may be."""
     given = inputs_of(case)
-    exact, oracle, found = results(truth, given, case.gradients), same_formula(case, given), kernels(case, given)
+    exact = results(separately(truth, case.lengths), given, case.gradients)
+    oracle, found = same_formula(case, given), kernels(case, given)
     prefix = torch.finfo(torch.float32).eps * longest_prefix(case, given["log_decay"])
     return judged(found, exact, oracle, prefix)
 
@@ -198,11 +228,12 @@ def compare_scan(case: Scan) -> dict[str, Any]:
     """As `compare`; the same formula in the working precision is the definition in float32."""
     torch.manual_seed(0)
     B, T, H, K = 1, case.T, 2, case.K
+    N = len(case.lengths) or B
     decay = -(torch.rand(B, T, H) ** 3) if case.gate else None
     if decay is not None and case.reset:
         decay[:, 9] = -torch.inf
     if case.kind == "diagonal":
-        given = {"u": torch.rand(B, T, H, K), "log_decay": decay, "initial": torch.rand(B, H, K)}
+        given = {"u": torch.rand(B, T, H, K), "log_decay": decay, "initial": torch.rand(N, H, K)}
         options: dict[str, Any] = {}
         define, run = reference.diagonal_scan, gpu.diagonal_scan
     else:
@@ -213,18 +244,18 @@ def compare_scan(case: Scan) -> dict[str, Any]:
             "aware": 0.2 + 0.8 * torch.rand(B, T, H) if case.aware else None,
             "log_decay": decay,
             # Away from 1, the rest point, where 1 - <d, s> has no digits left; within reach of the box where there is one.
-            "initial": (1.0 if case.box else 0.5) + 0.1 * torch.randn(B, H, K),
-            "anchor": torch.ones(B, H, K) if case.anchor else None,
+            "initial": (1.0 if case.box else 0.5) + 0.1 * torch.randn(N, H, K),
+            "anchor": torch.ones(N, H, K) if case.anchor else None,
         }
         options = {"box": case.box, "clip_every": case.every}
         define, run = reference.hypergradient_scan, gpu.hypergradient_scan
     wide = {name: None if x is None else x.double() for name, x in given.items()}
-    exact = results(lambda **x: define(**x, **options), wide, True)
-    oracle = results(lambda **x: define(**x, **options), given, True)
+    separate = separately(lambda **x: define(**x, **options), case.lengths)
+    exact, oracle = results(separate, wide, True), results(separate, given, True)
     if case.fault == "box a little wider":
         options["box"] = (case.box[0] - 1e-4, case.box[1] + 1e-4) if case.box else None
-    with poisoned():
-        found = results(lambda **x: run(**x, **options), given, True)
+    with poisoned(), planted(case.fault):
+        found = results(lambda **x: run(**x, **options, packing=packing_of(case.lengths)), given, True)
     if case.fault == "gradient one row late":
         found["gradient of u"] = found["gradient of u"].roll(1, dims=1)
     chunked_decay = Case("scalar", True, "float32", chunk=32)
@@ -232,14 +263,48 @@ def compare_scan(case: Scan) -> dict[str, Any]:
     return judged(found, exact, oracle, prefix)
 
 
+def compare_write(case: Write) -> dict[str, Any]:
+    """As `compare`; the same formula in the working precision is the definition in float32."""
+    torch.manual_seed(0)
+    B, T, H, K, N = 1, case.T, 2, case.K, len(case.lengths) or 1
+    decay = -(torch.rand(B, T, H) ** 3) if case.gate else None
+    if decay is not None and case.reset:
+        decay[:, 3] = -torch.inf
+    given = {
+        "key": normalize(torch.randn(B, T, H, K), dim=-1).to(getattr(torch, case.dtype)),
+        "beta": torch.rand(B, T, H) if case.beta else None,
+        "log_decay": decay,
+        "gain": 0.5 + torch.rand(B, T, H) if case.gain else None,
+        "initial": 0.1 * torch.rand(N, H, K),
+        "centre": -0.2 - 3 * torch.rand(H),
+    }
+    squash = Squash(1.5, case.exponent, case.squash, case.interval)
+    packing = packing_of(case.lengths)
+    starts = None if packing is None else torch.tensor(packing.starts)
+
+    def define(**x: Any) -> tuple[Tensor, Tensor]:
+        return preconditioned_write_key(**x, squash=squash, backend="reference", cu_seqlens=starts)
+
+    wide = {name: None if x is None else x.double() for name, x in given.items()}
+    exact, oracle = results(define, wide, True), results(define, given, True)
+    used = Squash(1.5, case.exponent * 1.001, case.squash) if case.fault == "squash a little steeper" else squash
+    with poisoned(), planted(case.fault):
+        found = results(lambda **x: gpu.write_key(**x, squash=used, packing=packing), given, True)
+    prefix = torch.finfo(torch.float32).eps * longest_prefix(
+        Case("scalar", True, "float32", chunk=32, lengths=case.lengths), decay
+    )
+    return judged(found, exact, oracle, prefix)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     wanted = sys.argv[1:]
-    for case in [*CASES, *PLANTED, *SCANS, *PLANTED_SCANS]:
+    for case in [*CASES, *PLANTED, *SCANS, *PLANTED_SCANS, *WRITES, *PLANTED_WRITES]:
         if wanted and not any(word in case.name for word in wanted):
             continue
         began = time.perf_counter()
-        table = compare(case) if isinstance(case, Case) else compare_scan(case)
+        compared = {Case: compare, Scan: compare_scan, Write: compare_write}[type(case)]
+        table = compared(case)
         print(json.dumps({"case": case.name, "seconds": round(time.perf_counter() - began, 2), "tensors": table}), flush=True)
 
 

@@ -1,0 +1,227 @@
+"""Four tokens at a time, a group: the forward pieces of the token loop as vector code. One head, decays a_i = exp(log_decay_i).
+
+Within a group whose first state is S, with c_i = a_0 .. a_i and c_ij = a_{j+1} .. a_i (per key channel, products of decays:
+nothing is divided, and no exponential can overflow):
+
+    e_i = v_i - (c_i r_i)^T S - sum_{j<i} M_ij e_j          M_ij = r_i . (c_ij w_j)
+    o_i = scale ((c_i q_i)^T S + sum_{j<=i} N_ij e_j)        N_ij = q_i . (c_ij w_j)
+    S  <- c_3 S + sum_j (c_3j w_j) e_j^T
+
+which is the definition's four steps written out [recurrences.md, section 1]: S is read once and written once a group instead of
+four times, and the sums over its rows stay in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numba.extending import intrinsic
+
+from .vectors import Code, Value, vector_code
+
+TOKENS = 4
+"""Tokens in a group."""
+PAIRS = TOKENS * TOKENS
+"""The numbers M_ij (j < i) and N_ij (j <= i) of a group."""
+LANES = 16
+"""Numbers in the longest vector of any machine: head widths are multiples of it."""
+
+
+class Prepared:
+    """Where, from its start on, what `prepare` leaves of a group lies: [TOKENS,K] each of a_i, c_i r_i, c_i q_i and c_3j w_j,
+    then c_3 [K] and the pairs."""
+
+    def __init__(self, K: int) -> None:
+        self.decay, self.read, self.query, self.write = (kind * TOKENS * K for kind in range(4))
+        self.whole = 4 * TOKENS * K
+        self.pairs = self.whole + K
+        self.size = self.pairs + PAIRS
+
+
+class Work:
+    """Where in a head's `work` what lies, for P columns of its state and blocks of some groups."""
+
+    def __init__(self, K: int, P: int, groups: int) -> None:
+        self.zeros = groups * Prepared(K).size
+        """After the groups' `Prepared`: a row of zeros, read instead of rows beyond the last token."""
+        self.scrap = self.zeros + max(K, P)
+        """A row written to instead of those."""
+        self.columns = self.scrap + max(K, P)
+        """[4,TOKENS,P], backward: D^T (c_3j w_j), scale do, de and e."""
+        self.pairs = self.columns + 4 * TOKENS * P
+        """Backward: the gradients of the pairs."""
+        self.logs = self.pairs + PAIRS
+        """[TOKENS,K], backward: the gradient of log a."""
+        self.adjoint = self.logs + TOKENS * K
+        """[P,K], backward: D."""
+        self.states = self.adjoint + K * P
+        """Forward [K,P]: S. Backward [groups,P,K]: S before every group."""
+        self.size = self.states + groups * K * P
+
+
+def m(i: int, j: int) -> int:
+    """Where M_ij lies among the pairs."""
+    assert j < i
+    return i * (i - 1) // 2 + j
+
+
+def n(i: int, j: int) -> int:
+    """Where N_ij lies."""
+    assert j <= i
+    return TOKENS * (TOKENS - 1) // 2 + i * (i + 1) // 2 + j
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[misc]
+def prepare(
+    typing: Any, work: Any, q: Any, r: Any, w: Any, row: Any, heads: Any, count: Any, group: Any, K: Any, P: Any, groups: Any,
+    erase: Any,
+) -> Any:  # fmt: skip
+    """The `Prepared` of a group of `count` tokens whose decays are there; q, r, w hold its rows from `row` on, `heads` apart."""
+    return vector_code(_prepare, work.dtype, work, q, r, w, row, heads, count, group, K, P, groups, erase)
+
+
+def _prepare(
+    code: Code, work: Value, q: Value, r: Value, w: Value, row: Value, heads: Value, count: Value, group: Value, K: int,
+    P: int, groups: int, erase: int,
+) -> None:  # fmt: skip
+    place, tokens = Prepared(K), range(TOKENS)
+    here = code.at(work, code.times(group, place.size))
+    first, stride, none = code.times(row, K), code.times(heads, K), code.at(work, Work(K, P, groups).zeros)
+    queries, reads, writes = (code.rows(x, first, stride, TOKENS, count, none) for x in (q, r, w))
+
+    def body(k: Value, sums: list[Value]) -> Sequence[Value]:
+        for x in (q, r, w):  # of the next group
+            code.fetch(x, first, stride, range(TOKENS, 2 * TOKENS), k)
+        decay = [code.load(here, code.sum(place.decay + i * K, k)) for i in tokens]
+        query, write = ([code.load(x, k) for x in rows] for rows in (queries, writes))
+        read = [code.load(x, k) for x in reads] if erase else []
+        passed = decay[0]
+        for i in tokens:
+            passed = code.mul(passed, decay[i]) if i else passed
+            code.store(code.mul(query[i], passed), here, code.sum(place.query + i * K, k))
+            if erase:
+                code.store(code.mul(read[i], passed), here, code.sum(place.read + i * K, k))
+        code.store(passed, here, code.sum(place.whole, k))
+        for j in tokens:
+            x = write[j]
+            sums[n(j, j)] = code.fma(query[j], x, sums[n(j, j)])
+            for i in range(j + 1, TOKENS):
+                x = code.mul(x, decay[i])
+                sums[n(i, j)] = code.fma(query[i], x, sums[n(i, j)])
+                if erase:
+                    sums[m(i, j)] = code.fma(read[i], x, sums[m(i, j)])
+            code.store(x, here, code.sum(place.write + j * K, k))
+        return sums
+
+    sums = code.sums(code.loop(K, code.lanes, [code.constant(0)] * PAIRS, body))
+    for i, x in enumerate(sums):
+        code.store(x, here, place.pairs + i * code.lanes)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[misc]
+def step(
+    typing: Any, work: Any, v: Any, e: Any, o: Any, scale: Any, row: Any, heads: Any, column: Any, count: Any, K: Any, V: Any,
+    P: Any, erase: Any,
+) -> Any:  # fmt: skip
+    """o and e of a prepared group, for the P columns of v from `column` on, and the state after it."""
+    return vector_code(_step, work.dtype, work, v, e, o, scale, row, heads, column, count, K, V, P, erase)
+
+
+def _step(
+    code: Code, work: Value, v: Value, e: Value, o: Value, scale: Value, row: Value, heads: Value, column: Value, count: Value,
+    K: int, V: int, P: int, erase: int,
+) -> None:  # fmt: skip
+    first, stride = code.sum(code.times(row, V), column), code.times(heads, V)
+    parts = Work(K, P, 1)
+    values = code.rows(v, first, stride, TOKENS, count, code.at(work, parts.zeros))
+    places = [values, *(code.rows(x, first, stride, TOKENS, count, code.at(work, parts.scrap)) for x in (e, o))]
+    state = code.at(work, parts.states)
+    factor = code.fill(scale)
+    wide = max(code.registers // 16, 1)
+    vectors = P // code.lanes
+
+    def tile(start: int, count: int, size: int) -> None:
+        def body(j: Value, _: list[Value]) -> Sequence[Value]:
+            at = [code.sum(start + s * code.lanes, j) for s in range(size)]
+            for column in at:
+                code.fetch(v, first, stride, range(TOKENS, 2 * TOKENS), column)
+                for x in (e, o):
+                    code.fetch(x, first, stride, range(TOKENS), column, write=True)
+            y, z = _read(code, work, state, at, K, P, erase)
+            errors = _solve(code, work, factor, places, at, y, z, K, erase)
+            _update(code, work, state, at, errors, K, P)
+            return []
+
+        code.loop(count * size * code.lanes, size * code.lanes, [], body)
+
+    whole = vectors // wide
+    if whole:
+        tile(0, whole, wide)
+    if vectors % wide:
+        tile(whole * wide * code.lanes, vectors % wide, 1)
+
+
+def _read(
+    code: Code, rows: Value, state: Value, at: list[Value], K: int, P: int, erase: int
+) -> tuple[list[list[Value]], list[list[Value]]]:
+    """(c_i r_i)^T S and (c_i q_i)^T S of the columns `at`: for every token, a vector each."""
+    place, size = Prepared(K), len(at)
+    kinds = [place.query, place.read] if erase else [place.query]
+
+    def body(k: Value, sums: list[Value]) -> Sequence[Value]:
+        S = [code.load(state, code.sum(code.times(k, P), x)) for x in at]
+        results = []
+        for kind in kinds:
+            for i in range(TOKENS):
+                x = code.spread(rows, code.sum(kind + i * K, k))
+                results += [code.fma(x, one, sums[len(results) + s]) for s, one in enumerate(S)]
+        return results
+
+    found = code.loop(K, 1, [code.constant(0)] * (len(kinds) * TOKENS * size), body)
+    split = [found[i : i + size] for i in range(0, len(found), size)]
+    return split[TOKENS:], split[:TOKENS]
+
+
+def _solve(
+    code: Code, rows: Value, factor: Value, places: list[list[Value]], at: list[Value], y: list[list[Value]],
+    z: list[list[Value]], K: int, erase: int,
+) -> list[list[Value]]:  # fmt: skip
+    """The errors of every token at the columns `at`; they and the outputs are stored."""
+    pairs = Prepared(K).pairs
+    values, errors, outputs = places
+    found: list[list[Value]] = []
+    for i in range(TOKENS):
+        x = [code.load(values[i], column) for column in at]
+        if erase:
+            x = [code.subtract(one, other) for one, other in zip(x, y[i], strict=True)]
+            for j in range(i):
+                factor_ij = code.minus(code.spread(rows, pairs + m(i, j)))
+                x = [code.fma(factor_ij, found[j][s], x[s]) for s in range(len(at))]
+        found.append(x)
+        out = z[i]
+        for j in range(i + 1):
+            factor_ij = code.spread(rows, pairs + n(i, j))
+            out = [code.fma(factor_ij, found[j][s], out[s]) for s in range(len(at))]
+        for s, column in enumerate(at):
+            code.store(x[s], errors[i], column)
+            code.store(code.mul(factor, out[s]), outputs[i], column)
+    return found
+
+
+def _update(code: Code, rows: Value, state: Value, at: list[Value], x: list[list[Value]], K: int, P: int) -> None:
+    """S <- c_3 S + sum_j (c_3j w_j) e_j^T at the columns `at`."""
+    place = Prepared(K)
+
+    def body(k: Value, _: list[Value]) -> Sequence[Value]:
+        whole = code.spread(rows, code.sum(place.whole, k))
+        writes = [code.spread(rows, code.sum(place.write + j * K, k)) for j in range(TOKENS)]
+        for s, column in enumerate(at):
+            here = code.sum(code.times(k, P), column)
+            S = code.mul(whole, code.load(state, here))
+            for j in range(TOKENS):
+                S = code.fma(writes[j], x[j][s], S)
+            code.store(S, state, here)
+        return []
+
+    code.loop(K, 1, [], body)

@@ -1,0 +1,197 @@
+"""Vector code written by hand into loops that Numba compiles, which does not itself keep a tile of sums in registers.
+
+Such code is a function `body(code, *arguments)` that calls `Code`'s methods, most of which write one instruction on a full vector
+of numbers; the loop around it stays Python. Which numbers share a vector, in which order they are added and what stays in a
+register is then no guess of the compiler's, and the bits are the same in every process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+Value = Any
+"""An LLVM value: a vector, a number, an index or a pointer."""
+_INDEX = ir.IntType(64)
+
+
+@functools.cache
+def registers() -> tuple[int, int]:
+    """Bytes of a vector register of this machine, and how many of them there are."""
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 64, 32
+    return (32, 16) if features.get("avx") else (16, 32 if features.get("neon") else 16)
+
+
+def vector_code(body: Callable[..., None], dtype: Any, *given: Any) -> tuple[Any, Any]:
+    """What an `@intrinsic(prefer_literal=True)` with arguments of types `given` returns: a call of it writes `body` there.
+
+    The body receives a `Code` for numbers of `dtype`, then for every argument a Python int where it is a constant, a pointer to
+    the first number where it is an array, else its value.
+    """
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        values: list[Any] = []
+        for kind, argument in zip(given, arguments, strict=True):
+            if isinstance(kind, types.Literal):
+                values.append(int(kind.literal_value))
+            elif isinstance(kind, types.Array):
+                values.append(context.make_array(kind)(context, builder, argument).data)
+            else:
+                wanted = dtype if isinstance(kind, types.Float) else types.int64
+                values.append(context.cast(builder, argument, kind, wanted))
+        body(Code(builder, context.get_value_type(dtype), dtype.bitwidth // 8), *values)
+        return context.get_dummy_value()
+
+    return types.void(*given), generate
+
+
+class Code:
+    """Writes instructions at the place where `builder` stands. Offsets count numbers, and are Python ints or values."""
+
+    def __init__(self, builder: Any, number: Any, size: int) -> None:
+        self.builder, self.number, self.size = builder, number, size
+        width, self.registers = registers()
+        self.lanes = max(width // size, 4)
+        """Numbers in a vector."""
+        self.vector = ir.VectorType(number, self.lanes)
+
+    def index(self, x: int | Value) -> Value:
+        return ir.Constant(_INDEX, x) if isinstance(x, int) else x
+
+    def sum(self, *terms: int | Value) -> Value:
+        """Of offsets."""
+        return functools.reduce(self.builder.add, map(self.index, terms))
+
+    def times(self, a: int | Value, b: int | Value) -> Value:
+        """Of offsets."""
+        return self.builder.mul(self.index(a), self.index(b))
+
+    def at(self, pointer: Value, *terms: int | Value) -> Value:
+        """The pointer moved on by the sum of `terms`."""
+        return self.builder.gep(pointer, [self.sum(*terms)])
+
+    def rows(self, pointer: Value, start: Value, stride: Value, tokens: int, count: Value, beyond: Value) -> list[Value]:
+        """Pointers to `tokens` rows, `stride` apart; `beyond` instead of those from the `count`-th on."""
+        found = []
+        for i in range(tokens):
+            inside = self.builder.icmp_signed("<", self.index(i), count)
+            found.append(self.builder.select(inside, self.at(pointer, start, self.times(stride, i)), beyond))
+        return found
+
+    def load(self, pointer: Value, at: int | Value = 0) -> Value:
+        place = self.builder.bitcast(self.at(pointer, at), self.vector.as_pointer())
+        return self.builder.load(place, align=self.size)
+
+    def store(self, x: Value, pointer: Value, at: int | Value = 0) -> None:
+        place = self.builder.bitcast(self.at(pointer, at), x.type.as_pointer())
+        self.builder.store(x, place, align=self.size)
+
+    def fetch(self, pointer: Value, start: Value, stride: Value, tokens: range, at: Value, write: bool = False) -> None:
+        """Sends for the cache lines, `at` numbers into rows `stride` apart, that will be read or written: over the ends as well,
+        which does no harm."""
+        i32, void = ir.IntType(32), ir.VoidType()
+        for i in tokens:
+            place = self.builder.bitcast(self.at(pointer, start, self.times(stride, i), at), ir.IntType(8).as_pointer())
+            kind = ir.FunctionType(void, [place.type, i32, i32, i32])
+            function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+            self.builder.call(function, [place, i32(int(write)), i32(3), i32(1)])
+
+    def spread(self, pointer: Value, at: int | Value = 0) -> Value:
+        """One number of memory in every lane."""
+        return self.fill(self.builder.load(self.at(pointer, at)))
+
+    def fill(self, x: Value) -> Value:
+        """The number x in every lane."""
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        one = self.builder.insert_element(undefined, x, ir.Constant(ir.IntType(32), 0))
+        return self._shuffle(one, undefined, [0] * self.lanes)
+
+    def constant(self, x: float) -> Value:
+        return ir.Constant(self.vector, [x] * self.lanes)
+
+    def add(self, a: Value, b: Value) -> Value:
+        return self.builder.fadd(a, b)
+
+    def subtract(self, a: Value, b: Value) -> Value:
+        return self.builder.fsub(a, b)
+
+    def minus(self, a: Value) -> Value:
+        return self.builder.fneg(a)
+
+    def mul(self, a: Value, b: Value) -> Value:
+        return self.builder.fmul(a, b)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a b + c, in one instruction where the machine has one."""
+        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.size}"
+        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(self.vector, [self.vector] * 3), name)
+        return self.builder.call(function, [a, b, c])
+
+    def choose(self, condition: Value, a: Value, b: Value) -> Value:
+        return self.builder.select(condition, a, b)
+
+    def loop(
+        self, count: int, step: int, carried: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]
+    ) -> list[Value]:
+        """carried = body(i, carried) for i = 0, step, ... below `count`, which is over 0; what is carried stays in registers."""
+        builder = self.builder
+        before, start, end = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
+        builder.branch(start)
+        builder.position_at_end(start)
+        i = builder.phi(_INDEX)
+        i.add_incoming(self.index(0), before)
+        inside = [builder.phi(x.type) for x in carried]
+        for phi, x in zip(inside, carried, strict=True):
+            phi.add_incoming(x, before)
+        results = list(body(i, list(inside)))
+        following = builder.add(i, self.index(step))
+        for phi, x in zip(inside, results, strict=True):
+            phi.add_incoming(x, builder.block)
+        i.add_incoming(following, builder.block)
+        builder.cbranch(builder.icmp_signed("<", following, self.index(count)), start, end)
+        builder.position_at_end(end)
+        return results
+
+    def sums(self, vectors: Sequence[Value]) -> list[Value]:
+        """The sum of the lanes of each of some multiple of `lanes` vectors, that many a result."""
+        results = []
+        for first in range(0, len(vectors), self.lanes):
+            group, distance = list(vectors[first : first + self.lanes]), self.lanes // 2
+            while distance:
+                half = len(group) // 2
+                group = [self.add(*self._exchange(a, b, distance)) for a, b in zip(group[:half], group[half:], strict=True)]
+                distance //= 2
+            results += group
+        return results
+
+    def transposed(self, vectors: Sequence[Value]) -> list[Value]:
+        """The columns of the square of numbers whose rows are `lanes` vectors."""
+        square, distance = list(vectors), self.lanes // 2
+        while distance:
+            for i in range(self.lanes):
+                if not i & distance:
+                    square[i], square[i + distance] = self._exchange(square[i], square[i + distance], distance)
+            distance //= 2
+        return square
+
+    def cut(self, x: Value, parts: int) -> list[Value]:
+        """A vector in `parts` short ones."""
+        n = self.lanes // parts
+        return [self._shuffle(x, x, range(i * n, (i + 1) * n)) for i in range(parts)]
+
+    def _exchange(self, a: Value, b: Value, distance: int) -> tuple[Value, Value]:
+        """Of lanes in runs of `distance`: the even runs of a and of b by turns, and the odd ones."""
+        even = [i & ~distance | (self.lanes if i & distance else 0) for i in range(self.lanes)]
+        return self._shuffle(a, b, even), self._shuffle(a, b, [i + distance for i in even])
+
+    def _shuffle(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
+        i32 = ir.IntType(32)
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, len(lanes)), list(lanes)))

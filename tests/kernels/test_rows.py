@@ -1,0 +1,130 @@
+"""The compiled loops over rows (norm, SwiGLU, logistic function) against their definitions, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltalab.kernels import activations, normalise
+from deltalab.kernels.cpu import norm
+from deltalab.kernels.cpu.rows import sigmoid
+
+EPS = 1e-5
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Both ways of computing the same, at sizes at which the compiled one is not taken by itself."""
+    monkeypatch.setattr(norm, "serves", lambda x: request.param)
+    yield request.param
+
+
+def definition(x: Tensor, weight: Tensor, gate: Tensor | None = None, activation: str = "silu") -> Tensor:
+    y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+    return y if gate is None else y.flatten(-2) * ACTIVATIONS[activation](gate)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 2, 5), (1, 70, 3, 24), (2, 1, 1, 700)])
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_gated_norm_is_its_definition(compiled: bool, shape: tuple[int, ...], activation: str) -> None:
+    x, weight, gate = numbers(*shape), numbers(shape[-1]), numbers(*shape[:2], shape[2] * shape[3])
+    found = normalise.rms_norm(x, weight, EPS, gate, activation)
+    expected = definition(x, weight, gate, activation)
+    compare(found, expected, (x, weight, gate))
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (1, 1), (2, 3, 7), (3, 40, 64), (2, 5000)])
+def test_norm_is_its_definition(compiled: bool, shape: tuple[int, ...]) -> None:
+    x, weight = numbers(*shape), numbers(shape[-1])
+    compare(normalise.rms_norm(x, weight, EPS), definition(x, weight), (x, weight))
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 10), (2, 40, 300)])
+def test_swiglu_is_its_definition(compiled: bool, shape: tuple[int, ...]) -> None:
+    both = numbers(*shape)
+    gate, up = both.chunk(2, dim=-1)
+    compare(activations.swiglu(both), gate / (1 + torch.exp(-gate)) * up, (both,))
+
+
+def compare(found: Tensor, expected: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(found)
+    ours, theirs = (torch.autograd.grad(y, inputs, upstream) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_against_finite_differences(compiled: bool) -> None:
+    x, weight, gate = numbers(2, 3, 2, 4), numbers(4), numbers(2, 3, 8)
+    assert torch.autograd.gradcheck(lambda *a: normalise.rms_norm(*a[:2], EPS, a[2], "silu"), (x, weight, gate))
+    assert torch.autograd.gradcheck(activations.swiglu, (numbers(3, 8),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precisions(compiled: bool, dtype: torch.dtype) -> None:
+    """Computed in float32: against float64 on the same rounded numbers, only the last rounding shows."""
+    x, gate = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 50, 2, 24), (2, 50, 48)))
+    weight = torch.randn(24).requires_grad_()
+    y = normalise.rms_norm(x, weight, EPS, gate, "silu")
+    exact = definition(x.double(), weight.double(), gate.double())
+    assert y.dtype == dtype
+    upstream = torch.randn(y.shape).to(dtype)
+    found = torch.autograd.grad(y, (x, weight, gate), upstream)
+    expected = torch.autograd.grad(exact, (x, weight, gate), upstream.double())
+    assert [g.dtype for g in found] == [dtype, torch.float32, dtype]
+    coarse = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    for one, other in zip((y, *found), (exact, *expected), strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=coarse, atol=coarse * other.abs().max().item())
+
+
+def test_a_norm_in_the_precision_of_the_product_after_it(compiled: bool) -> None:
+    x, weight = torch.randn(3, 20), torch.randn(20)
+    y = normalise.rms_norm(x, weight, EPS, dtype=torch.bfloat16)
+    torch.testing.assert_close(y, definition(x, weight).bfloat16(), rtol=2**-8, atol=0)
+
+
+def test_rows_that_are_not_contiguous(compiled: bool) -> None:
+    x = numbers(6, 4, 8)
+    turned, weight = x.transpose(0, 1), numbers(8)
+    compare(normalise.rms_norm(turned, weight, EPS), definition(turned, weight), (x, weight))
+
+
+def test_what_is_not_a_number_stays_so(compiled: bool) -> None:
+    """A diverged run must show."""
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(3, 8)
+        x[1, 2] = bad
+        y = normalise.rms_norm(x, torch.ones(8), EPS)
+        assert torch.isfinite(y[[0, 2]]).all() and not torch.isfinite(y[1]).all()
+        assert not torch.isfinite(activations.swiglu(x)[1]).all() or bad == float("inf")
+
+
+def test_the_logistic_function_in_float32() -> None:
+    """Beyond 87 the exponential stands still; the smallest normal number is not far from there."""
+    z = np.concatenate([np.linspace(-100, 100, 200_001), [0.0, -1e30, 1e30]]).astype(np.float32)[None]
+    found, scratch = np.empty_like(z), np.empty_like(z)
+    sigmoid(z, found, scratch, np.uint64(z.size))
+    exact = 1 / (1 + np.exp(-z.astype(np.float64).clip(-87)))
+    assert np.abs(found / exact - 1).max() < 5e-7
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    x, weight, gate = (numbers(*s, dtype=torch.float32) for s in ((4, 256, 2, 32), (32,), (4, 256, 64)))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = normalise.rms_norm(x, weight, EPS, gate, "silu")
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, gate))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
