@@ -112,7 +112,9 @@ def compare(threads: int, rounds: int, precisions: list[str]) -> None:
         tokens = torch.from_numpy(rows[0])
         with torch.no_grad():
             apart = (ours(tokens) - peer(tokens)).abs().max().item()
-        print(f"{precision}: parameters {ours.parameter_count():,} and {peer.parameter_count():,}; largest logit apart {apart:.1e}")
+        print(
+            f"{precision}: parameters {ours.parameter_count():,} and {peer.parameter_count():,}; largest logit apart {apart:.1e}"
+        )
     times = interleaved(steps, rounds)
     print(f"\n| step of {BATCH} x {LENGTH} | ms | spread | tokens/s |\n|---|---:|---:|---:|")
     for name, found in times.items():
@@ -131,12 +133,22 @@ def precisions(threads: int, rounds: int) -> None:
         steps: dict[str, Callable[[], object]] = {}
         for precision in ("fp32", "bf16"):
             model = LanguageModel(
-                registry.load("gdn"), vocab=VOCAB, width=width, layers=4, heads=width // 64, mlp_ratio=2.75, output_gate="silu", seed=0
+                registry.load("gdn"),
+                vocab=VOCAB,
+                width=width,
+                layers=4,
+                heads=width // 64,
+                mlp_ratio=2.75,
+                output_gate="silu",
+                seed=0,
             )
             steps[precision] = step_of(trainer_of(model, Noise(256), BATCH, prepare_device(threads, precision, width)))
         times = interleaved(steps, rounds)
         ratio = statistics.median(a / b for a, b in zip(times["fp32"], times["bf16"], strict=True))
-        print(f"| {width} | {statistics.median(times['fp32']):.1f} | {statistics.median(times['bf16']):.1f} | {ratio:.2f} |", flush=True)
+        print(
+            f"| {width} | {statistics.median(times['fp32']):.1f} | {statistics.median(times['bf16']):.1f} | {ratio:.2f} |",
+            flush=True,
+        )
 
 
 def profile(name: str, card: str, threads: int, precision: str, rounds: int) -> None:

@@ -1,6 +1,6 @@
 """SwiGLU's product in one compiled pass on a CPU.
 
-    y = g sigmoid(g) * u          [g, u] [...,2C] along the last axis, y [...,C]
+y = g sigmoid(g) * u          [g, u] [...,2C] along the last axis, y [...,C]
 """
 
 from __future__ import annotations

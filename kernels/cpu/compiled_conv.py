@@ -100,9 +100,9 @@ def forward_conv() -> Compiled:
         for index in prange(parts * stretches.shape[0]):
             part, stretch = index % parts, stretches[index // parts]
             c0, n = Index(stretch[0]), Index(stretch[1])
-            taps, ring = np.zeros((W + GAP, n), w.dtype)[:W], np.zeros((W - 1 + ROWS + GAP, n), w.dtype)
-            z, s = np.zeros((ROWS + GAP, n), w.dtype), np.zeros((ROWS + GAP, n), w.dtype)
-            power = np.zeros((ROWS + GAP, n), w.dtype)
+            taps, ring = np.empty((W + GAP, n), w.dtype)[:W], np.empty((W - 1 + ROWS + GAP, n), w.dtype)
+            z, s = np.empty((ROWS + GAP, n), w.dtype), np.empty((ROWS + GAP, n), w.dtype)
+            power = np.empty((ROWS + GAP, n), w.dtype)
             read(w, 0, c0, taps, 0, W, n)
             row, end = part * B * T // parts, (part + 1) * B * T // parts
             while row < end:
@@ -113,7 +113,13 @@ def forward_conv() -> Compiled:
                 if silu:
                     silu_of(z, s, power, Index(rows) * n)
                 for q in range(stretch[2], stretch[3]):
-                    p, at, c, width, unit = pieces[q, 0], Index(pieces[q, 1]), Index(pieces[q, 2]), Index(pieces[q, 3]), Index(pieces[q, 4])
+                    p, at, c, width, unit = (
+                        pieces[q, 0],
+                        Index(pieces[q, 1]),
+                        Index(pieces[q, 2]),
+                        Index(pieces[q, 3]),
+                        Index(pieces[q, 4]),
+                    )
                     _emit(z, c, unit, eps, ys[p][b], t, at, rows, width)
                 row += rows
 
@@ -176,13 +182,13 @@ def backward_conv() -> Compiled:
         for index in prange(parts * stretches.shape[0]):
             part, stretch = index % parts, stretches[index // parts]
             c0, n, mine = Index(stretch[0]), Index(stretch[1]), pieces[stretch[2] : stretch[3]]
-            taps, sums = np.zeros((W + GAP, n), w.dtype)[:W], np.zeros((W + GAP, n), w.dtype)
+            taps, sums = np.empty((W + GAP, n), w.dtype)[:W], np.zeros((W + GAP, n), w.dtype)
             most = max(ROWS, W - 1)
-            ring, d = np.zeros((most + W + GAP, n), w.dtype), np.zeros((ROWS + most + GAP, n), w.dtype)
+            ring, d = np.empty((most + W + GAP, n), w.dtype), np.empty((ROWS + most + GAP, n), w.dtype)
             local = (
-                np.zeros((most + GAP, n), w.dtype),
-                np.zeros((most + GAP, n), w.dtype),
-                np.zeros((most + GAP, n), w.dtype),
+                np.empty((most + GAP, n), w.dtype),
+                np.empty((most + GAP, n), w.dtype),
+                np.empty((most + GAP, n), w.dtype),
             )
             z = local[0]
             read(w, 0, c0, taps, 0, W, n)

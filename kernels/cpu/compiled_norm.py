@@ -100,8 +100,8 @@ def forward_norm() -> Compiled:
         R = max(1, min(N, BLOCK // max(C, 1)))
         for part in prange(parts):
             n, u, zero, divisor = Index(C), Index(unit), Index(0), w.dtype.type(unit)
-            a, g, m = np.zeros((R + GAP, C), w.dtype), np.zeros((R + GAP, C), w.dtype), np.zeros((R + GAP, C), w.dtype)
-            s, power = np.zeros((R + GAP, C), w.dtype), np.zeros((R + GAP, C), w.dtype)
+            a, g, m = np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype)
+            s, power = np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype)
             end = (part + 1) * N // parts
             for first in range(part * N // parts, end, R):
                 rows = min(R, end - first)
@@ -127,9 +127,9 @@ def backward_norm() -> Compiled:
         parts = dw.shape[0]
         for part in prange(parts):
             n, u, zero, divisor = Index(C), Index(unit), Index(0), w.dtype.type(unit)
-            a, g, m = np.zeros((R + GAP, C), w.dtype), np.zeros((R + GAP, C), w.dtype), np.zeros((R + GAP, C), w.dtype)
-            s, power = np.zeros((R + GAP, C), w.dtype), np.zeros((R + GAP, C), w.dtype)
-            f, sums = np.zeros((R + GAP, C), w.dtype), np.zeros((1 + GAP, C), w.dtype)
+            a, g, m = np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype)
+            s, power = np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype)
+            f, sums = np.empty((R + GAP, C), w.dtype), np.zeros((1 + GAP, C), w.dtype)
             end = (part + 1) * N // parts
             for first in range(part * N // parts, end, R):
                 rows = min(R, end - first)
@@ -160,8 +160,8 @@ def forward_swiglu() -> Compiled:
             part, stretch = index % parts, stretches[index // parts]
             c0, n = Index(stretch[0]), Index(stretch[1])
             R = max(1, min(N, BLOCK // n))
-            g, u = np.zeros((R + GAP, n), like.dtype), np.zeros((R + GAP, n), like.dtype)
-            s, power = np.zeros((R + GAP, n), like.dtype), np.zeros((R + GAP, n), like.dtype)
+            g, u = np.empty((R + GAP, n), like.dtype), np.empty((R + GAP, n), like.dtype)
+            s, power = np.empty((R + GAP, n), like.dtype), np.empty((R + GAP, n), like.dtype)
             end = (part + 1) * N // parts
             for first in range(part * N // parts, end, R):
                 rows = min(R, end - first)
@@ -188,8 +188,8 @@ def backward_swiglu() -> Compiled:
             part, stretch = index % parts, stretches[index // parts]
             c0, n = Index(stretch[0]), Index(stretch[1])
             R = max(1, min(N, BLOCK // n))
-            g, u = np.zeros((R + GAP, n), like.dtype), np.zeros((R + GAP, n), like.dtype)
-            s, d = np.zeros((R + GAP, n), like.dtype), np.zeros((R + GAP, n), like.dtype)
+            g, u = np.empty((R + GAP, n), like.dtype), np.empty((R + GAP, n), like.dtype)
+            s, d = np.empty((R + GAP, n), like.dtype), np.empty((R + GAP, n), like.dtype)
             end = (part + 1) * N // parts
             for first in range(part * N // parts, end, R):
                 rows = min(R, end - first)

@@ -42,9 +42,7 @@ class _Norm(torch.autograd.Function):
     """Keeps its inputs alone. Works on rows of the gate's width, or of several heads where they lie side by side."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, gate: Tensor | None, kind: int, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gate: Tensor | None, kind: int, dtype: torch.dtype) -> Tensor:
         from .compiled_norm import forward_norm
 
         unit = x.shape[-1]
@@ -70,7 +68,11 @@ class _Norm(torch.autograd.Function):
         dw = scale.new_empty(_PARTS, scale.shape[1])
         with launch("norm's backward", (rows.dtype, gates.dtype, dy.dtype), 8 * rows.numel()):
             backward_norm()(
-                *numbers(rows, scale, gates), kind, unit, scalar(eps, scale.dtype), *numbers(dy.reshape(rows.shape), dx, dgate, dw)
+                *numbers(rows, scale, gates),
+                kind,
+                unit,
+                scalar(eps, scale.dtype),
+                *numbers(dy.reshape(rows.shape), dx, dgate, dw),
             )
         d_weight = dw.view(-1, unit).sum(0).to(weight_dtype)
         return dx.view(shape), d_weight, None, None if gate_shape is None else dgate.view(gate_shape), None, None

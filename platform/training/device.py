@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-BF16_CPU_WIDTH = 512
-"""Model width from which bf16 autocast is used on a CPU with AMX. A rule of thumb, not yet a measurement: the casts of a narrow
-model cost more than its small products can save, and a CPU without AMX gains nothing."""
+BF16_CPU_WIDTH = 256
+"""Model width from which bf16 autocast is used on a CPU that multiplies bf16 numbers. At 256 it is faster by a third on a CPU with
+AVX-512's bf16 instructions, at 64 it is slower (benchmarks/training-step.md). A rule and no timing at run time, which would let
+the machine's mood decide a trial's numbers."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def prepare_device(threads: int, precision: str, width: int, gpu: bool = False) 
 def _bf16_pays(device: torch.device, width: int) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(width >= BF16_CPU_WIDTH and amx is not None and amx())
+    supported = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return width >= BF16_CPU_WIDTH and any(asked is not None and asked() for asked in supported)
 
 
 class PeakMemory:

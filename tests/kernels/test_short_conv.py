@@ -131,7 +131,15 @@ def heads(x: Tensor, weight: Tensor, past: Tensor | None, sizes: list[int], unit
 )
 @pytest.mark.parametrize("with_past", [True, False])
 def test_heads_are_the_definition(
-    monkeypatch: pytest.MonkeyPatch, compiled: bool, silu: bool, B: int, T: int, W: int, sizes: list[int], units: list[int], with_past: bool
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: bool,
+    silu: bool,
+    B: int,
+    T: int,
+    W: int,
+    sizes: list[int],
+    units: list[int],
+    with_past: bool,
 ) -> None:
     monkeypatch.setattr(convolution, "serves", lambda x: compiled)
     arguments = inputs(B, T, sum(sizes), W, with_past and W > 1)

@@ -29,7 +29,8 @@ def compiled(*options: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    # Where ptxas fails, Triton prints its whole input beside.
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kernel"')]
 
 
 def test_a_sample_of_all_configurations_fits():
@@ -60,8 +61,8 @@ def test_every_configuration_fits(arch, width, dtype):
 
 
 def test_a_spill_is_seen():
-    rows = compiled(
-        "--arch", "90", "--width", "64", "--gate", "scalar", "--erase", "1", "--kernel", "states_kernel", "--registers", "64"
-    )
+    """With half the registers that a thread of this kernel wants."""
+    choice = ("--arch", "90", "--width", "64", "--gate", "scalar", "--erase", "1", "--packed", "0", "--kernel", "states_kernel")
+    rows = compiled(*choice, "--registers", "80")
     assert [row["ok"] for row in rows] == [False]
     assert rows[0]["stack"] > 0
