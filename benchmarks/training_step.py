@@ -3,8 +3,8 @@
     python benchmarks/training_step.py                      # ours and transformers', step by step in turn
     python benchmarks/training_step.py --profile quick      # the share of a step per group of work
 
-Both run with the allocator settings that a launch gives its workers. Steps are interleaved, so that whatever else the machine does
-falls on both; medians over the rounds, spread = distance of the quartiles over the median.
+Both run with the allocator settings that a launch gives its workers. Steps are interleaved, so that whatever else the machine
+does falls on both; medians over the rounds, spread = distance of the quartiles over the median.
 """
 
 from __future__ import annotations

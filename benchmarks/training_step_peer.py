@@ -20,7 +20,8 @@ HEAD = 64
 
 
 def layer_class() -> Any:
-    """Qwen3NextGatedDeltaNet with its plain PyTorch functions: with flash-linear-attention installed they are bound to GPU code."""
+    """Qwen3NextGatedDeltaNet with its plain PyTorch functions: with flash-linear-attention installed they are bound to GPU
+    code."""
     from transformers.models.qwen3_next import modeling_qwen3_next as module
 
     for name in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn"):

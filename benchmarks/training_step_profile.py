@@ -1,7 +1,7 @@
 """The share of a training step per group of work, from torch's profiler.
 
-Forward: the time within a marked module or function, less what is marked within it. Backward: a node of autograd belongs to the group
-in whose forward it was made, which the profiler tells by a number that both carry.
+Forward: the time within a marked module or function, less what is marked within it. Backward: a node of autograd belongs to the
+group in whose forward it was made, which the profiler tells by a number that both carry.
 """
 
 from __future__ import annotations

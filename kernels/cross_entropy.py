@@ -3,8 +3,8 @@
     loss = 1/n sum_i (log sum_j exp(l_ij) - l_{i,y_i}),  l = h W^T
     dl_i = (softmax(l_i) - onehot(y_i)) / n          dh = dl W          dW = dl^T h
 
-h [n,D], W [N,D], y [n]. The loss is what backward starts from, so both gradients are taken in the forward pass, slice by slice, and
-scaled in backward: three products, as without slices. Logits are exponentiated in float32 or wider. Differentiable once.
+h [n,D], W [N,D], y [n]. The loss is what backward starts from, so both gradients are taken in the forward pass, slice by slice,
+and scaled in backward: three products, as without slices. Logits are exponentiated in float32 or wider. Differentiable once.
 """
 
 from __future__ import annotations

@@ -30,23 +30,23 @@ def l2_normalise(x: Tensor, eps: float) -> Tensor:
 
 def unit_forward(x: Tensor, unit: int, eps: float) -> Tensor:
     """The same for every `unit` channels of x [...,C], outside of autograd."""
-    heads = x.unflatten(-1, (-1, unit))
+    heads = x.view(*x.shape[:-1], -1, unit)
     return (heads * _inverse(heads, eps)).flatten(-2)
 
 
 def unit_backward(x: Tensor, unit: int, eps: float, dy: Tensor) -> Tensor:
     """The gradient of x from that of `unit_forward(x, unit, eps)`."""
-    heads = x.unflatten(-1, (-1, unit))
+    heads = x.view(*x.shape[:-1], -1, unit)
     inverse = _inverse(heads, eps)
-    return _backward(heads * inverse, inverse, dy.unflatten(-1, (-1, unit))).flatten(-2)
+    return _backward(heads * inverse, inverse, dy.reshape(heads.shape)).flatten(-2)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, activation: str = "none", dtype: torch.dtype | None = None
 ) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight * activation(gate), the mean over the last axis, computed in float32 or wider and returned
-    in `dtype` (x's where None). `gate` has as many numbers as x, heads side by side: x [...,H,K], gate [...,H K], and so the result
-    then. `activation` of the gate: silu | sigmoid."""
+    """x / sqrt(mean(x^2) + eps) * weight * activation(gate), the mean over the last axis, computed in float32 or wider and
+    returned in `dtype` (x's where None). `gate` has as many numbers as x, heads side by side: x [...,H,K], gate [...,H K], and
+    so the result then. `activation` of the gate: silu | sigmoid."""
     dtype = dtype or x.dtype
     if norm.serves(x) and (gate is None or norm.serves(gate)) and dtype in norm.DTYPES:
         return norm.rms_norm(x, weight, eps, gate, _KINDS[activation if gate is not None else "none"], dtype)

@@ -1,9 +1,9 @@
 """The causal depthwise convolution before a recurrence, its SiLU and the normalisation of queries and keys, in one pass each way.
 
-    z_t = sum_i w_i * x_{t-i},  i = 0..W-1          u_t = z_t sigmoid(z_t), or z_t          y_t = u_t / sqrt(|u_t|^2 + eps), or u_t
+    z_t = sum_i w_i * x_{t-i},  i = 0..W-1      u_t = z_t sigmoid(z_t), or z_t      y_t = u_t / sqrt(|u_t|^2 + eps), or u_t
 
-x [B,T,C]; past [B,W-1,C], the inputs before x (zeros at a sequence's start); w [W,C]. y is one tensor [B,T,C], or several that share
-C, each of whole heads of `unit` channels over which |u_t| is taken, or not normalised.
+x [B,T,C]; past [B,W-1,C], the inputs before x (zeros at a sequence's start); w [W,C]. y is one tensor [B,T,C], or several that
+share C, each of whole heads of `unit` channels over which |u_t| is taken, or not normalised.
 
 Written as W shifted multiply-adds over [B,T,C], or one compiled pass on a CPU: torch's general convolution wants [B,C,T], and its
 two transposes and its backward cost five times as much as the multiply-adds at these widths on a CPU.
@@ -76,7 +76,7 @@ class _ShortConvolution(torch.autograd.Function):
             return convolution.convolve(padded, weight, tokens, sizes, units, silu, eps)
         z = _convolve(padded.to(weight.dtype), weight, tokens)
         u = F.silu(z) if silu else z
-        parts = zip(u.split(sizes, dim=-1), units, strict=True)
+        parts = zip(torch.split(u, list(sizes), dim=-1), units, strict=True)
         return tuple(unit_forward(part, unit, eps) if unit else part.contiguous() for part, unit in parts)
 
     @staticmethod
@@ -95,7 +95,7 @@ def _backward(
     padded: Tensor, weight: Tensor, gradients: Sequence[Tensor], units: Sequence[int], silu: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     z = _convolve(padded, weight, gradients[0].shape[1])
-    parts = (F.silu(z) if silu else z).split([gradient.shape[-1] for gradient in gradients], dim=-1)
+    parts = torch.split(F.silu(z) if silu else z, [gradient.shape[-1] for gradient in gradients], dim=-1)
     found = [
         unit_backward(u, unit, eps, gradient) if unit else gradient
         for u, unit, gradient in zip(parts, units, gradients, strict=True)

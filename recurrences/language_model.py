@@ -178,7 +178,8 @@ class LanguageModel(nn.Module):
         return self.logits(hidden), wanted
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Mean cross entropy over the scored positions, in nats: that of `scored_logits`, without all logits in memory at once."""
+        """Mean cross entropy over the scored positions, in nats: that of `scored_logits`, without all logits in memory at
+        once."""
         hidden, wanted = self._scored(tokens, targets, starts)
         return linear_cross_entropy(hidden, self.embedding.weight if self.head is None else self.head.weight, wanted)
 

@@ -287,8 +287,8 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         return self._output(x, o, normed=True), MixerState(conv, memory, statistic)
 
     def _project(self, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """x -> q [B,T,H,K], the key [B,Tn,H,K] as it came and normalised, v [B,Tn,H,V], in float32 or wider: statistics and state
-        never see bfloat16."""
+        """x -> q [B,T,H,K], the key [B,Tn,H,K] as it came (where a value gain asks for it) and normalised, v [B,Tn,H,V], in
+        float32 or wider: statistics and state never see bfloat16."""
         mixed = self.in_proj(x)
         heads, qk = self.shape.heads, self.spec.qk
         groups, normalised_q, normalised_k = self.block.key_heads or heads, qk.normalise_q == "l2", qk.normalise_k == "l2"

@@ -94,7 +94,7 @@ def forward_loop(K: int, V: int, erase: bool, least_parts: int = 1) -> Compiled:
                             kept[b, h, t // BLOCK, k, c + j] = work[STATE + k * P + j]
                 row, count = (b * T + t) * H + h, min(TOKENS, T - t)
                 _decays(work, 0, a, b, t, h, count, K)
-                prepare(work, q, r, w, row, H, count, 0, K, P, 1, erases)
+                prepare(work, q, r, w, row, H, count, 0, K, P, 1, erases)  # type: ignore[call-arg]
                 step(work, v, e, o, scale, row, H, c, count, K, V, P, erases)
             for k in range(K):
                 for j in range(P):
@@ -143,7 +143,7 @@ def backward_loop(K: int, V: int, erase: bool) -> Compiled:
             work = space[-(space.ctypes.data // space.itemsize) % LANES :]
             work[ZEROS:SCRAP] = 0
             for c in range(0, V, P):
-                turn(work, d_final, index * K * V + c, ADJOINT, K, V, P)
+                turn(work, d_final, index * K * V + c, ADJOINT, K, V, P)  # type: ignore[call-arg]
                 for n in range(blocks - 1, -1, -1):
                     first = n * BLOCK
                     groups = (min(BLOCK, T - first) + TOKENS - 1) // TOKENS

@@ -5,8 +5,8 @@
     du = (dy - y <y, dy>) / sqrt(|u|^2 + eps)        dz = du (s + u (1 - s)), s = sigmoid(z)
     dx_r = sum_i w_i dz_{r-lead+i}        dw_i = sum_t dz_t x_{t+lead-i}
 
-with taps that reach before the first row left out. Worked off in blocks of ROWS rows and a stretch of channels, a few heads of one
-output, so that everything about a block stays in the first-level cache. Nothing is kept for backward but x: z is cheaper to
+with taps that reach before the first row left out. Worked off in blocks of ROWS rows and a stretch of channels, a few heads of
+one output, so that everything about a block stays in the first-level cache. Nothing is kept for backward but x: z is cheaper to
 compute again than to fetch.
 """
 
@@ -59,8 +59,8 @@ def _read_from(x: Any, first: int, c0: Any, to: Any, rows: int, n: Any) -> None:
 
 @njit(fastmath=IN_ORDER, error_model="numpy", cache=True)
 def _emit(u: Any, c0: Any, unit: Any, eps: Any, y: Any, first: int, at: Any, rows: int, n: Any) -> None:
-    """Channels c0 .. c0 + n of u to rows first .. of y, from channel `at` on: u_i / sqrt(|u_i|^2 + eps) for each `unit` of them, or
-    as they are."""
+    """Channels c0 .. c0 + n of u to rows first .. of y, from channel `at` on: u_i / sqrt(|u_i|^2 + eps) for each `unit` of them,
+    or as they are."""
     for i in range(rows):
         if unit == 0:
             for c in range(n):
@@ -89,8 +89,8 @@ def _take(u: Any, c0: Any, unit: Any, eps: Any, dy: Any, first: int, at: Any, du
 
 @functools.cache
 def forward_conv() -> Compiled:
-    """Fills the outputs ys [B,T,C_p]; stretches [n,4] of (first channel in x, channels, first piece, last piece + 1), pieces [m,5]
-    of (output, first channel in it, first channel in the stretch, channels, unit)."""
+    """Fills the outputs ys [B,T,C_p]; stretches [n,4] of (first channel in x, channels, first piece, last piece + 1), pieces
+    [m,5] of (output, first channel in it, first channel in the stretch, channels, unit)."""
 
     @njit(parallel=True, fastmath=IN_ORDER, error_model="numpy", cache=True)
     def forward(x: Any, w: Any, stretches: Any, pieces: Any, silu: bool, eps: Any, parts: int, ys: Any) -> None:
@@ -161,8 +161,8 @@ def _gradient(
     if silu:
         silu_of(z, s, power, Index(count) * n)
     for q in range(pieces.shape[0]):
-        p, at, c, width, unit = pieces[q, 0], Index(pieces[q, 1]), Index(pieces[q, 2]), Index(pieces[q, 3]), Index(pieces[q, 4])
-        _take(z, c, unit, eps, dys[p][b], t, at, d, begin, count, width)
+        p, at, own, width, unit = pieces[q, 0], Index(pieces[q, 1]), Index(pieces[q, 2]), Index(pieces[q, 3]), Index(pieces[q, 4])
+        _take(z, own, unit, eps, dys[p][b], t, at, d, begin, count, width)
     if silu:
         for i in range(count):
             for c in range(n):

@@ -1,4 +1,5 @@
-"""The compiled convolution of heads on tensors. The number of sums for dw is fixed, so that the result does not depend on threads."""
+"""The compiled convolution of heads on tensors. The number of sums for dw is fixed, so that the result does not depend on
+threads."""
 
 from __future__ import annotations
 
@@ -76,9 +77,9 @@ def numbers(*tensors: Tensor) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=256)
 def stretches_of(sizes: tuple[int, ...], units: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Channels cut into stretches of about `_STRETCH` and whole heads: stretches [n,4] of (first channel, channels, first piece, last
-    piece + 1), and their pieces, each in one output, [m,5] of (output, first channel in it, first channel in the stretch, channels,
-    unit)."""
+    """Channels cut into stretches of about `_STRETCH` and whole heads: stretches [n,4] of (first channel, channels, first piece,
+    last piece + 1), and their pieces, each in one output, [m,5] of (output, first channel in it, first channel in the stretch,
+    channels, unit)."""
     stretches: list[list[int]] = []
     pieces: list[tuple[int, ...]] = []
     start = 0

@@ -23,7 +23,7 @@ from .group_forward import TOKENS, Prepared, Work, m, n
 from .vectors import Code, Value, vector_code
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def turn(typing: Any, work: Any, kept: Any, at: Any, to: Any, K: Any, V: Any, P: Any) -> Any:
     """work[to:] = P columns of the state [K,V] from kept[at:] on, transposed: [P,K]."""
     return vector_code(_turn, work.dtype, work, kept, at, to, K, V, P)
@@ -45,7 +45,7 @@ def _turn(code: Code, work: Value, kept: Value, at: Value, to: int, K: int, V: i
     code.loop(K, lanes, [], rows)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def replay(
     typing: Any, work: Any, e: Any, row: Any, heads: Any, column: Any, count: Any, group: Any, K: Any, V: Any, P: Any, groups: Any
 ) -> Any:
@@ -85,7 +85,7 @@ def _replay(
     code.loop(K, wide * code.lanes, [], tile)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def pull(
     typing: Any, work: Any, e: Any, d_o: Any, dv: Any, scale: Any, row: Any, heads: Any, column: Any, count: Any, group: Any,
     K: Any, V: Any, P: Any, groups: Any, erase: Any,
@@ -151,7 +151,7 @@ def _products(code: Code, rows: Value, D: Value, out: Value, K: int, P: int) -> 
     code.loop(P, together, [], block)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def push(
     typing: Any, work: Any, q: Any, r: Any, w: Any, dq: Any, dr: Any, dw: Any, row: Any, heads: Any, count: Any, group: Any,
     further: Any, K: Any, P: Any, groups: Any, erase: Any,

@@ -72,7 +72,7 @@ def n(i: int, j: int) -> int:
     return TOKENS * (TOKENS - 1) // 2 + i * (i + 1) // 2 + j
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def prepare(
     typing: Any, work: Any, q: Any, r: Any, w: Any, row: Any, heads: Any, count: Any, group: Any, K: Any, P: Any, groups: Any,
     erase: Any,
@@ -119,7 +119,7 @@ def _prepare(
         code.store(x, here, place.pairs + i * code.lanes)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def step(
     typing: Any, work: Any, v: Any, e: Any, o: Any, scale: Any, row: Any, heads: Any, column: Any, count: Any, K: Any, V: Any,
     P: Any, erase: Any,
@@ -171,7 +171,7 @@ def _read(
 
     def body(k: Value, sums: list[Value]) -> Sequence[Value]:
         S = [code.load(state, code.sum(code.times(k, P), x)) for x in at]
-        results = []
+        results: list[Value] = []
         for kind in kinds:
             for i in range(TOKENS):
                 x = code.spread(rows, code.sum(kind + i * K, k))

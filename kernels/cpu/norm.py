@@ -1,5 +1,5 @@
-"""The compiled RMSNorm and SwiGLU as differentiable functions of tensors. Sums over rows have a fixed number of parts, so that the
-result does not depend on threads."""
+"""The compiled RMSNorm and SwiGLU as differentiable functions of tensors. Sums over rows have a fixed number of parts, so that
+the result does not depend on threads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _PARTS, _STRETCH = 16, 1024
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None, kind: int, dtype: torch.dtype) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight * m(gate) in `dtype`, the mean over the last axis; gate has as many numbers as x, and the
-    result its shape (x's where there is none). `kind`: `compiled_norm.NONE`, SIGMOID or SILU."""
+    """x / sqrt(mean(x^2) + eps) * weight * m(gate) in `dtype`, the mean over the last axis; gate has as many numbers as x, and
+    the result its shape (x's where there is none). `kind`: `compiled_norm.NONE`, SIGMOID or SILU."""
     like = x if gate is None else gate
     y: Tensor = _Norm.apply(x, weight, eps, gate, kind, dtype)  # type: ignore[no-untyped-call]
     return y.view(like.shape)

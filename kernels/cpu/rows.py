@@ -1,8 +1,9 @@
 """What compiled loops over rows share: numbers in and out of rows of any precision, the logistic function, scalar products.
 
-Local arrays, [R,C], are float32 or float64. bfloat16 comes as int16: Numba has no such type, and its numbers are the upper halves of
-float32's. Two things that decide whether this becomes vector code: indices along a row are unsigned, since of a signed `first + c`
-the compiler must believe that it may be negative; and nothing is sliced within a loop, since a slice counts its references.
+Local arrays, [R,C], are float32 or float64. bfloat16 comes as int16: Numba has no such type, and its numbers are the upper
+halves of float32's. Two things that decide whether this becomes vector code: indices along a row are unsigned, since of a signed
+`first + c` the compiler must believe that it may be negative; and nothing is sliced within a loop, since a slice counts its
+references.
 
 Numba looks at the time of the calling file alone when it asks whether what it has on disk is stale: after a change here, touch
 the files that import this one.
@@ -60,8 +61,8 @@ def write(source: Any, x: Any, first: Any, c0: Any, rows: int, n: Any) -> None:
 
 @njit(fastmath=IN_ORDER, error_model="numpy", cache=True)
 def sigmoid(z: Any, s: Any, power: Any, count: Any) -> None:
-    """s = 1 / (1 + exp(-z)), in float32 to a relative 5e-7, of the first `count` numbers of arrays that are gone through as if they
-    had one axis; `power` is scratch. exp(-z) = 2^m exp(f), 2^m made of its bits."""
+    """s = 1 / (1 + exp(-z)), in float32 to a relative 5e-7, of the first `count` numbers of arrays that are gone through as if
+    they had one axis; `power` is scratch. exp(-z) = 2^m exp(f), 2^m made of its bits."""
     z, s, power = z.reshape(z.size), s.reshape(s.size), power.reshape(power.size)
     if z.itemsize == 8:
         for c in range(count):

@@ -101,7 +101,7 @@ class Code:
         for i in tokens:
             place = self.builder.bitcast(self.at(pointer, start, self.times(stride, i), at), ir.IntType(8).as_pointer())
             kind = ir.FunctionType(void, [place.type, i32, i32, i32])
-            function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+            function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
             self.builder.call(function, [place, i32(int(write)), i32(3), i32(1)])
 
     def spread(self, pointer: Value, at: int | Value = 0) -> Value:
@@ -132,7 +132,7 @@ class Code:
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a b + c, in one instruction where the machine has one."""
         name = f"llvm.fmuladd.v{self.lanes}f{8 * self.size}"
-        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(self.vector, [self.vector] * 3), name)
+        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(self.vector, [self.vector] * 3), name)  # type: ignore[no-untyped-call]
         return self.builder.call(function, [a, b, c])
 
     def choose(self, condition: Value, a: Value, b: Value) -> Value:

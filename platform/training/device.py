@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 BF16_CPU_WIDTH = 256
-"""Model width from which bf16 autocast is used on a CPU that multiplies bf16 numbers. At 256 it is faster by a third on a CPU with
-AVX-512's bf16 instructions, at 64 it is slower (benchmarks/training-step.md). A rule and no timing at run time, which would let
-the machine's mood decide a trial's numbers."""
+"""Model width from which bf16 autocast is used on a CPU that multiplies bf16 numbers. At 256 it is faster by a third on a CPU
+with AVX-512's bf16 instructions, at 64 it is slower (benchmarks/training-step.md). A rule and no timing at run time, which would
+let the machine's mood decide a trial's numbers."""
 
 
 @dataclass(frozen=True)

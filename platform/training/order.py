@@ -55,7 +55,8 @@ class Order:
             count = self._sizes[part] // self._batch
             batches.append(rows[: count * self._batch].reshape(count, self._batch))
         if len(batches) == 1:
-            return batches[0]
+            only: Ints = batches[0]
+            return only
         order = np.random.default_rng([self._seed, epoch, len(self._sizes)]).permutation(sum(map(len, batches)))
         mixed: Ints = np.concatenate(batches)[order]
         return mixed

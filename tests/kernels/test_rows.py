@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,10 +19,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid":
 
 
 @pytest.fixture(params=[True, False], ids=["compiled", "torch"])
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways of computing the same, at sizes at which the compiled one is not taken by itself."""
     monkeypatch.setattr(norm, "serves", lambda x: request.param)
-    yield request.param
+    chosen: bool = request.param
+    return chosen
 
 
 def definition(x: Tensor, weight: Tensor, gate: Tensor | None = None, activation: str = "silu") -> Tensor:

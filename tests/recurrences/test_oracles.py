@@ -135,15 +135,15 @@ def test_without_its_erase_a_card_is_a_sum(card: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("short_conv", [0, 3])
 @pytest.mark.parametrize("normalise", ["l2", "none"])
 def test_what_becomes_of_q_k_and_v(activation: str, value_activation: str, short_conv: int, normalise: str) -> None:
-    """Convolution, activation (with or without a convolution), then the norm of q; k's comes later, its raw length is needed."""
-    qk = {"activation": activation, "normalise_q": normalise}
+    """Convolution, activation (with or without a convolution), then the norms of q and k."""
+    qk = {"activation": activation, "normalise_q": normalise, "normalise_k": normalise}
     mixer = mixer_of({"card": "deltanet", "qk": qk}, short_conv=short_conv, value_activation=value_activation)
     x = tokens(length=6, batch=1)
     mixed = x[0].numpy() @ params(mixer)["in_proj.weight"].T
     if short_conv:
         mixed = convolve(mixed, params(mixer)["conv.weight"])
     q, k, v = (part.reshape(6, 2, 6) for part in np.split(mixed, 3, axis=1))
-    q = ACTIVATIONS[activation](q)
-    expected = (unit(q) if normalise == "l2" else q, ACTIVATIONS[activation](k), ACTIVATIONS[value_activation](v))
-    for found, wanted in zip(mixer._project(x, None), expected, strict=False):
+    q, k = (unit(part) if normalise == "l2" else part for part in (ACTIVATIONS[activation](q), ACTIVATIONS[activation](k)))
+    found_q, _, found_k, found_v, _ = mixer._project(x, None)
+    for found, wanted in ((found_q, q), (found_k, k), (found_v, ACTIVATIONS[value_activation](v))):
         np.testing.assert_allclose(found[0].detach().numpy(), wanted, rtol=1e-10, atol=1e-10)
