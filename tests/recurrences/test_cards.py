@@ -99,7 +99,7 @@ def test_odd_sizes(card: str, width: int, heads: int, block: dict[str, Any]) -> 
 def test_key_heads_are_shared_by_neighbours(groups: int, shares: tuple[int, ...]) -> None:
     """As Mamba-2 shares its B and C: heads 0, 1 have one q and k, heads 2, 3 another; v is each head's own."""
     mixer, x = mixer_of("gdn", heads=4, head_width=3, key_heads=groups), tokens(length=4)
-    q, k, v, _ = mixer._project(x, None)
+    q, _, k, v, _ = mixer._project(x, None)
     for part in (q, k):
         equal = [[torch.equal(part[:, :, i], part[:, :, j]) for j in range(4)] for i in range(4)]
         assert equal == [[one == other for other in shares] for one in shares]

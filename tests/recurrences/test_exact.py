@@ -34,8 +34,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
 
 def signals(mixer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(q, k, v, c, gamma, Lambda) as the layer's components make them; T first for the numbers per token."""
-    q, raw, v, _ = mixer._project(x, None)
-    k = raw * torch.rsqrt(raw.square().sum(-1, keepdim=True) + 1e-6)
+    q, _, k, v, _ = mixer._project(x, None)
     position = (torch.zeros(len(x), dtype=torch.int64),) if mixer.step_size.needs_position else ()
     step = mixer.step_size(x, k, mixer.gate(x), *position)
     forget = mixer.forgetting(x, None)

@@ -224,7 +224,7 @@ def test_retnets_slopes_are_fixed() -> None:
 def test_the_tied_gate_forgets_what_the_step_writes(step: Any) -> None:
     """a_t = 1 - beta_t, where beta |k|^2 <= 1; that of `efla` is beta (|k|^2 + eps), above 1 by 1e-8 at most."""
     mixer, x = mixer_of({"card": "deltanet", "gate": "tied", "step_size": step}), tokens()
-    _, k, _, _ = mixer._project(x, None)
+    _, _, k, _, _ = mixer._project(x, None)
     place = (torch.zeros(2, dtype=torch.int64),) if mixer.step_size.needs_position else ()
     taken = mixer.step_size(x, k, GateOutput(None), *place)
     assert taken.beta.max() < 1 + 1e-8

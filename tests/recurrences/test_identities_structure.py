@@ -90,8 +90,7 @@ def test_feedback_reads_with_what_was_erased() -> None:
         plain = mixer_of({"card": "gdn", "erase": erase}, output_norm=False)
         same_parameters(mixer, plain, ("feedback",))
         x = tokens(length=1)
-        _, k, _, _ = mixer._project(x, None)
-        k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + 1e-6)
+        _, _, k, _, _ = mixer._project(x, None)
         y, state = mixer(x, state=mixer.initial_state(2))
         other, without = plain(x, state=plain.initial_state(2))
         assert torch.equal(state.memory, without.memory)
@@ -129,7 +128,7 @@ def test_the_inverse_norm_is_of_the_key_as_it_came() -> None:
     plain = mixer_of("gdn", short_conv=0)
     same_parameters(mixer, plain)
     x = tokens(length=1)
-    _, raw, _, _ = mixer._project(x, None)
+    _, raw, _, _, _ = mixer._project(x, None)
     gain = torch.rsqrt(raw.square().sum(-1) + 1e-6)[:, 0]
     states = [one(x, state=one.initial_state(2))[1].memory for one in (mixer, plain)]
     torch.testing.assert_close(states[0], states[1] * gain[..., None, None], **EXACTLY)
@@ -191,8 +190,7 @@ def test_an_average_of_substeps_is_their_mean(substeps: int) -> None:
     card = {"card": "deltanet", "substeps": substeps, "preconditioner": "moving_average"}
     mixer = mixer_of({**card, "forgetting": {"name": "constant", "gamma": 0.5}})
     x = tokens(length=3)
-    _, k, _, _ = mixer._project(x, None)
-    k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + 1e-6)
+    _, _, k, _, _ = mixer._project(x, None)
     A = torch.full((2, 2, 6), 1 / 6, dtype=torch.float64)
     for t in range(3):
         A = 0.5 * A + 0.5 * k[:, t * substeps : (t + 1) * substeps].square().mean(1)
