@@ -30,13 +30,13 @@ def l2_normalise(x: Tensor, eps: float) -> Tensor:
 
 def unit_forward(x: Tensor, unit: int, eps: float) -> Tensor:
     """The same for every `unit` channels of x [...,C], outside of autograd."""
-    heads = x.view(*x.shape[:-1], -1, unit)
+    heads = x.view(*x.shape[:-1], x.shape[-1] // unit, unit)
     return (heads * _inverse(heads, eps)).flatten(-2)
 
 
 def unit_backward(x: Tensor, unit: int, eps: float, dy: Tensor) -> Tensor:
     """The gradient of x from that of `unit_forward(x, unit, eps)`."""
-    heads = x.view(*x.shape[:-1], -1, unit)
+    heads = x.view(*x.shape[:-1], x.shape[-1] // unit, unit)
     inverse = _inverse(heads, eps)
     return _backward(heads * inverse, inverse, dy.reshape(heads.shape)).flatten(-2)
 

@@ -53,7 +53,11 @@ def test_every_trial_is_in_the_ledger_with_its_numbers(finished: Lab) -> None:
             wanted = {f"{split}/{name}" for split in ("test", "validation") for name in own}
             wanted |= {"throughput/train_tokens_per_second", "time/train_seconds", "memory/peak_bytes"}
             wanted |= {"model/parameters", "model/state_bytes"}
-            assert set(ledger.measurements([row.id])[row.id]) == wanted
+            found = set(ledger.measurements([row.id])[row.id])
+            assert {name for name in found if name.count("/") == 1} == wanted
+            # Slices of the test split: positions everywhere, and mqar's distances.
+            sliced = {name.split("/")[1].split("_")[0] for name in found - wanted}
+            assert sliced == ({"position"} if row.task == "lm" else {"position", "distance"})
             # every log_every-th step and the last one, 45, which is none
             for name in ("train/loss", "train/grad_norm", "train/lr"):
                 assert [point.step for point in ledger.points(row.id, name)] == [10, 20, 30, 40, 45]
