@@ -48,6 +48,14 @@ class MixerState:
             if tensor is not None:
                 yield tensor
 
+    def map(self, function: Callable[..., Tensor], *others: MixerState) -> MixerState:
+        """A state of `function(tensor)` of each tensor, or of `function(tensor, ...)` of the same tensors of several states."""
+        found = {}
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is not None:
+                found[field.name] = function(*(getattr(state, field.name) for state in (self, *others)))
+        return MixerState(**found)
+
     @property
     def state_bytes(self) -> int:
         """Bytes of all tensors, for the whole batch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -200,35 +200,36 @@ def show(cells: list[Cell], roofs: Mapping[str, float], out: Console) -> None:
 def _training(title: str, cells: list[Cell], roof: float) -> Table:
     table = _table(title, ("", "tokens/s", "", "ratio", "MFLOP", "roof", "peak MB"))
     base = next((cell.rate for cell in cells if cell.seconds), float("nan"))
-    for cell in cells:
-        if not cell.seconds:
-            table.add_row(escape(cell.card), "-")
-            continue
-        table.add_row(
-            escape(cell.card),
-            *_rate(cell),
+    return _filled(
+        table,
+        cells,
+        lambda cell: (
             f"{cell.rate / base:.2f}x",
             f"{cell.flops / 1e6:.1f}",
             f"{cell.rate * cell.flops / roof:.0%}",
             f"{cell.peak / 1e6:.0f}",
-        )
-    return table
+        ),
+    )
 
 
 def _prefill(context: int, cells: list[Cell], roof: float) -> Table:
     table = _table(f"reading {context:,} tokens", ("", "tokens/s", "", "roof", "first token ms", "peak MB", "state KB"))
-    for cell in cells:
-        if not cell.seconds:
-            table.add_row(escape(cell.card), "-")
-            continue
-        table.add_row(
-            escape(cell.card),
-            *_rate(cell),
+    return _filled(
+        table,
+        cells,
+        lambda cell: (
             f"{cell.rate * cell.flops / roof:.0%}",
             f"{_median(cell.first_token) * 1e3:,.1f}",
             f"{cell.peak / 1e6:.0f}",
             f"{cell.state / 1000:,.1f}",
-        )
+        ),
+    )
+
+
+def _filled(table: Table, cells: list[Cell], rest: Callable[[Cell], tuple[str, ...]]) -> Table:
+    """A row for every card: its rate and the `rest`, or a dash where it was left out."""
+    for cell in cells:
+        table.add_row(escape(cell.card), *((*_rate(cell), *rest(cell)) if cell.seconds else ("-",)))
     return table
 
 

@@ -11,7 +11,7 @@ nothing is cut into independent windows, and memory does not grow with the row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,7 +91,7 @@ def evaluate(
 
     `token_bytes` [vocab]: bytes of text per token, None: one each. `piece`: tokens read at a time, 0: whole rows.
     """
-    facets = {POSITION: positions(split.length), **(split.facets if isinstance(split, Faceted) else {})}
+    facets = _facets(split)
     sums = {name: _Sums(len(buckets)) for name, buckets in facets.items()}
     rows = min(len(split), most)
     for start in range(0, rows, batch):
@@ -124,8 +124,12 @@ def positions(length: int) -> tuple[str, ...]:
 
 def slice_names(split: Split) -> list[str]:
     """The slices that `evaluate` measures on a split."""
-    facets = {POSITION: positions(split.length), **(split.facets if isinstance(split, Faceted) else {})}
-    return [f"{name}_{bucket}" for name, buckets in facets.items() for bucket in buckets]
+    return [f"{name}_{bucket}" for name, buckets in _facets(split).items() for bucket in buckets]
+
+
+def _facets(split: Split) -> dict[str, tuple[str, ...]]:
+    """Facet -> names of its buckets: the position, and what the task has."""
+    return {POSITION: positions(split.length), **(split.facets if isinstance(split, Faceted) else {})}
 
 
 def _position(index: Ints) -> Ints:
@@ -189,8 +193,3 @@ def _logits(model: LanguageModel, hidden: Tensor, wanted: Tensor, hardware: Hard
         with hardware.autocast():
             logits = model.logits(hidden[start : start + rows])
         yield logits.float(), wanted[start : start + rows]
-
-
-def joined(scores: Mapping[str, Scores], split: str, metric: str) -> dict[str, float]:
-    """Measurements of several probes: `test/length_2x/accuracy`, `test/length_2x/position_64_127/accuracy`, ..."""
-    return {name: value for probe, one in scores.items() for name, value in one.measurements(f"{split}/{probe}", metric).items()}

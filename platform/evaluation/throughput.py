@@ -11,7 +11,6 @@ are decoded, one call each. The prefix is never read again for a token. A batch 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -205,5 +204,4 @@ def _evaluating(model: LanguageModel) -> Iterator[None]:
 
 def _copies(state: MixerState, batch: int) -> MixerState:
     """The state of one sequence for each of `batch`, in memory of their own."""
-    tensors = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return MixerState(**{name: None if t is None else t.repeat(batch, *[1] * (t.ndim - 1)) for name, t in tensors.items()})
+    return state.map(lambda tensor: tensor.repeat(batch, *[1] * (tensor.ndim - 1)))

@@ -21,8 +21,8 @@ from ...strict import build
 from ..config import MeasureConfig, ModelConfig, TrainingConfig
 from ..evaluation import inspect, score
 from ..study import build_model
-from ..tasks import PreparedTask, build_task, prepare_task
-from ..tasks.registry import check_origin
+from ..tasks import PreparedTask, prepare_task
+from ..tasks.registry import frozen_task
 from ..training import Diverged, Interrupted, PeakMemory, Trainer, WrongKernel, pass_gate, prepare_device
 
 Points = list[tuple[str, int, float]]
@@ -155,10 +155,8 @@ def _report_curve(curve: Curve, report: Callable[[int, Points], None]) -> None:
 
 def _data(job: Job) -> tuple[PreparedTask, str]:
     """The task's data, checked to be those that the plan has hashed."""
-    wanted = dict(job.config["task"])
-    digest, version = wanted.pop("digest"), wanted.pop("version")
-    task = build_task(wanted)
-    check_origin(task, job.config.get("plugins", {}))
+    digest, version = job.config["task"]["digest"], job.config["task"]["version"]
+    task = frozen_task(job.config)
     data = prepare_task(task, Path(job.cache))
     if (data.digest, data.version) != (digest, version):
         found = f"{data.digest} v{data.version}"

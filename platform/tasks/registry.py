@@ -119,13 +119,24 @@ def build_task(spec: Mapping[str, Any] | str, path: str = "task") -> Task:
 
 def identity(task: Task) -> dict[str, Any]:
     """What the data of this setting alone depend on: name, version, settings, and a plug-in's code."""
-    composed = task.composition.effective()
-    return {**{key: value for key, value in effective(task).items() if key not in composed}, **origins(task)}
+    return {**_own(task), **origins(task)}
 
 
 def effective(task: Task) -> dict[str, Any]:
     """Every setting of the task with its value, and its name and version: what a trial's hash is made of."""
-    return {"name": task.name, "version": task.version, **dataclasses.asdict(task.config), **task.composition.effective()}
+    return {**_own(task), **task.composition.effective()}
+
+
+def frozen_task(trial: Mapping[str, Any]) -> Task:
+    """The task of a trial's frozen config. `UserError` where this process has other code for it than the plan had."""
+    task = build_task({key: value for key, value in trial["task"].items() if key not in ("digest", "version")})
+    check_origin(task, trial.get("plugins", {}))
+    return task
+
+
+def _own(task: Task) -> dict[str, Any]:
+    """Name, version and settings, whatever it is composed with."""
+    return {"name": task.name, "version": task.version, **dataclasses.asdict(task.config)}
 
 
 def _preset(cls: type[Task], name: object, path: str) -> Mapping[str, object]:

@@ -12,8 +12,8 @@ from ...registry import check_origins
 from ...strict import build
 from ..config import DataRoot, ModelConfig, TrainingConfig
 from ..study import build_model
-from ..tasks import PreparedTask, Task, build_task, prepare_task
-from ..tasks.registry import check_origin
+from ..tasks import PreparedTask, Task, prepare_task
+from ..tasks.registry import frozen_task
 from ..tracking import Ledger, TrialRow
 from ..training import Hardware, load_checkpoint, prepare_device
 
@@ -100,8 +100,7 @@ def load_trained(root: DataRoot, row: TrialRow, threads: int = 1, gpu: bool = Fa
     content, problem = load_checkpoint(file, hardware.device)
     if content is None:
         raise UserError(f"trial: the model of {trial_name(row)} is not at {str(file)!r}{': ' + problem if problem else ''}")
-    task = build_task({key: value for key, value in config["task"].items() if key not in ("digest", "version")})
-    check_origin(task, config.get("plugins", {}))
+    task = frozen_task(config)
     data = prepare_task(task, root.cache)
     if (data.digest, data.version) != (row.dataset_digest, row.task_version):
         raise UserError(f"trial: the data of {task.name} are no longer those that {trial_name(row)} was trained on")

@@ -16,7 +16,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...errors import UserError
 from ..language_model import IGNORE, LanguageModel, LanguageModelState
-from ..mixer import MixerState
 from .configuration import DeltalabConfig
 
 
@@ -34,7 +33,7 @@ class DeltalabCache:
 
     def reorder_cache(self, beams: Tensor) -> None:
         """Rows in another order, as beam search asks for."""
-        self.state = [_rows(layer, beams) for layer in self.state]
+        self.state = [layer.map(lambda tensor: tensor.index_select(0, beams.to(tensor.device))) for layer in self.state]
 
 
 class DeltalabForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -123,7 +122,7 @@ class DeltalabForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             states.append(state)
         if len(set(padding)) > 1 and any(layer.keys is not None for layer in states[0]):
             raise UserError("attention_mask: rows of different length cannot share the cache of softmax attention; one at a time")
-        return torch.cat(hidden), [_together([state[i] for state in states]) for i in range(len(states[0]))]
+        return torch.cat(hidden), [first.map(_together, *others) for first, *others in zip(*states, strict=True)]
 
 
 _CACHE_NAMES = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
@@ -140,17 +139,6 @@ def _left_padding(mask: Tensor) -> list[int] | None:
     return [int(count) for count in skip]
 
 
-def _rows(state: MixerState, index: Tensor) -> MixerState:
-    """Rows of a layer's state."""
-    return _map(lambda tensors: tensors[0].index_select(0, index.to(tensors[0].device)), [state])
-
-
-def _together(states: list[MixerState]) -> MixerState:
-    """One state for a batch out of those of its rows."""
-    return _map(torch.cat, states)
-
-
-def _map(function: Any, states: list[MixerState]) -> MixerState:
-    names = [field.name for field in dataclasses.fields(MixerState)]
-    held = {name: [getattr(state, name) for state in states] for name in names}
-    return MixerState(**{name: function(tensors) for name, tensors in held.items() if tensors[0] is not None})
+def _together(*rows: Tensor) -> Tensor:
+    """The batch of some rows' tensors."""
+    return torch.cat(rows)

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from deltalab.platform.config import DataRoot, load_study
+from deltalab.platform.scheduling.launch import trial_plan
 from deltalab.platform.scheduling.trial import Job, run_trial
 from deltalab.platform.study import PlannedTrial, plan_study
-from deltalab.platform.tracking import Ledger, TrialPlan, provenance
+from deltalab.platform.tracking import Ledger, provenance
 from deltalab.platform.trained import Trained, find_trial, load_trained
 
 STUDY: dict[str, Any] = {
@@ -53,7 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> DataRoot:
     place = DataRoot.find(folder / "root").create()
     plan = plan_study(load_study(folder / "small.yaml"), place.cache)
     with Ledger.open(place.ledger) as ledger:
-        launch = ledger.start_launch("small", "tests", plan.record(), provenance(), [_row(trial) for trial in plan.trials])
+        launch = ledger.start_launch("small", "tests", plan.record(), provenance(), [trial_plan(trial) for trial in plan.trials])
         rows = {row.hash: row for row in ledger.trials("small", launch_id=launch)}
         for trial in plan.trials:
             if trial.seed == 1 and trial.part != "recall":
@@ -69,22 +70,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> DataRoot:
 def trained(root: DataRoot) -> Callable[[str], Trained]:
     """`trained("small/text/gdn")`: the finished trial as a model."""
     return lambda name: load_trained(root, find_trial(root, name))
-
-
-def _row(trial: PlannedTrial) -> TrialPlan:
-    return TrialPlan(
-        hash=trial.hash,
-        arm=trial.arm,
-        arm_hash=trial.arm_hash,
-        part=trial.part,
-        seed=trial.seed,
-        recurrence=trial.recurrence,
-        task=trial.data.name,
-        task_version=trial.data.version,
-        dataset_digest=trial.data.digest,
-        config=trial.config,
-        total_steps=trial.config["training"]["steps"],
-    )
 
 
 def _job(trial: PlannedTrial, place: DataRoot) -> Job:
