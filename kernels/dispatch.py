@@ -78,6 +78,11 @@ def delta_rule(
     if backend == "fla" and q.shape[1]:
         write = None if rows is not None else _written(write_key, read_key, beta)
         return fla.delta_rule(q, rows, write, beta, v, log_decay, initial_state, factor, dtype, cu_seqlens)
+    single = q.shape[1] == 1
+    looped = backend == "cpu" and packing is None and not (single and q.numel() * v.shape[-1] < _WORTH_A_LOOP)
+    if looped and beta is not None:
+        assert read_key is not None, "check_delta_rule"
+        return cpu.delta_rule(q, rows, read_key, beta, v, log_decay, initial_state, factor, dtype)
     write_key = _written(write_key, read_key, beta)
     if packing is not None and backend != "triton":
         call = partial(delta_rule, scale=factor, erase=erase, backend=backend, chunk_size=chunk_size)
@@ -85,9 +90,8 @@ def delta_rule(
         return _packed(call, tokens, {"initial_state": initial_state}, packing, backend)
     # One token of a small batch, as in decoding, is one step of the definition: less than the calls around a compiled loop, and a
     # third of the time of a chunk of one.
-    single = q.shape[1] == 1
-    if backend == "cpu" and not (single and q.numel() * v.shape[-1] < _WORTH_A_LOOP):
-        return cpu.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype)
+    if looped:
+        return cpu.delta_rule(q, rows, write_key, None, v, log_decay, initial_state, factor, dtype)
     if backend == "triton":
         check_working_dtype(dtype)
         return triton.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype, min(chunk_size, 64), packing)

@@ -60,6 +60,16 @@ def rms_norm(
     return y.to(dtype)
 
 
+def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(s, n): s = x + more in x's dtype, n = s / sqrt(mean(s^2) + eps) * weight in `dtype` (x's where None), as `rms_norm`. x and
+    `more` have one shape [...,C], `more` perhaps in less precision than x. Differentiable once where it is compiled."""
+    dtype = dtype or x.dtype
+    if norm.serves(x) and x.dtype != torch.bfloat16 and norm.serves(more) and x.shape == more.shape and dtype in norm.DTYPES:
+        return norm.add_rms_norm(x, more, weight, eps, dtype)
+    total = (x + more).to(x.dtype)
+    return total, rms_norm(total, weight, eps, dtype=dtype)
+
+
 class _L2Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:

@@ -238,10 +238,13 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         steps = self._steps(x, k, gate, before.position)
         step, log_decay = _in_turn(steps), self._log_decay(gate, steps)
         read = self.erase(each, step.key)
-        write, query, statistic = self._precondition(x, each, step, at_last(q, n), read, log_decay, before.statistic)
+        key, query, statistic = self._precondition(x, each, step, at_last(q, n), read, log_decay, before.statistic)
         value = self.value_gain(each, raw_key, v)
         value = value if step.value_gain is None else value * step.value_gain.unsqueeze(-1)
-        read_key = read if self.spec.erases else None
+        # Where the key that is read is the one that is written, the kernel takes beta: no write key stands in memory.
+        beta = step.beta if key is read and not single and self.observer is None else None
+        write = key if step.beta is None or beta is not None else step.beta.unsqueeze(-1) * key
+        read_key = read if self.spec.erases or beta is not None else None
         if self.observer is not None:
             self.observer(Observed(read_key, write, value, log_decay, before.memory))
         if single and before.memory is not None:
@@ -253,12 +256,13 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
             o, memory = delta_rule(
                 query,
                 read_key,
-                write,
+                None if beta is not None else write,
                 value,
                 log_decay,
                 initial_state=before.memory,
                 erase=self.spec.erases,
                 backend=self.backend,
+                beta=beta,
             )
             o = o[:, n - 1 :: n]
         y = self._output(x, o if self.skip is None else self.skip(o, v[:, n - 1 :: n]), normed=norm is not None)
@@ -343,7 +347,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         log_decay: Tensor | None,
         statistic: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write key beta * (preconditioned key), the query that reads, and the preconditioner's statistic."""
+        """The preconditioned key, which is written times beta, the query that reads, and the preconditioner's statistic."""
         n = self.spec.substeps
         query = self.feedback(query, read)
         if statistic is None:
@@ -354,7 +358,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
             forget = Forget(None if forget.log_decay is None else at_first(forget.log_decay, n), gain, forget.anchor, n)
         told = Told(each, step.key, query, step.beta, forget, self.spec.unit_keys, self.backend)
         key, query, statistic = self.preconditioner(told, statistic)
-        return (key if step.beta is None else step.beta.unsqueeze(-1) * key), query, statistic
+        return key, query, statistic
 
     def _output(self, x: Tensor, o: Tensor, normed: bool) -> Tensor:
         gate = None if self.gate_proj is None else self.gate_proj(x)

@@ -2,7 +2,8 @@
 works on a group is vector code (`group_forward`, `group_backward`, where the equations are).
 
 B batch, T time, H heads, K key width, V value width, both multiples of LANES; N blocks of BLOCK tokens. Arrays are C-contiguous
-[B,T,H,.], the decay [B,T,H,G] with G = 0 (none), 1 (one per head) or K (one per key channel) holds exp(log_decay).
+[B,T,H,.], the decay [B,T,H,G] with G = 0 (none), 1 (one per head) or K (one per key channel) holds exp(log_decay). Rows of q, r,
+w, v, o, their gradients and the decay are as wide as the head, all else is padded. `scaled`: the write key is beta w, and r is w.
 
 All that a head works on lies in one array, `work`, that begins at a cache line (its parts: `group_forward.Work`).
 """
@@ -30,6 +31,11 @@ FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 Compiled = Callable[..., None]
 
 
+def padded(width: int) -> int:
+    """Head widths are padded with zeros to a multiple of the numbers in the longest vector."""
+    return -(-width // LANES) * LANES
+
+
 def block(K: int, V: int) -> int:
     """Tokens between two states that forward keeps; backward computes those in between again, one every TOKENS, into a part of
     the second-level cache."""
@@ -54,29 +60,32 @@ def _sources() -> int:
 @njit(error_model="numpy")
 def _decays(work: Any, at: Any, a: Any, b: Any, t: Any, h: Any, count: Any, K: Any) -> None:
     """The decays of `count` tokens from t on, in rows of K at work[at:]; 1 where nothing is forgotten, and beyond the last."""
+    channels = a.shape[3] if a.shape[3] > 1 else 0
     for i in range(TOKENS):
-        if i < count and a.shape[3] == K:
-            for k in range(K):
-                work[at + i * K + k] = a[b, t + i, h, k]
-        else:
-            decay = a[b, t + i, h, 0] if i < count and a.shape[3] == 1 else a.dtype.type(1)
-            for k in range(K):
-                work[at + i * K + k] = decay
+        known = channels if i < count else 0
+        for k in range(known):
+            work[at + i * K + k] = a[b, t + i, h, k]
+        decay = a[b, t + i, h, 0] if i < count and a.shape[3] == 1 else a.dtype.type(1)
+        for k in range(known, K):
+            work[at + i * K + k] = decay
 
 
 @functools.lru_cache(maxsize=256)
-def forward_loop(K: int, V: int, erase: bool, least_parts: int = 1) -> Compiled:
-    """o, e, the states before every block where `kept` has room for them, and the last state.
+def forward_loop(widths: tuple[int, int], erase: bool, scaled: bool, least_parts: int = 1) -> Compiled:
+    """For heads of these widths: o, e, the states before every block where `kept` has room for them, and the last state.
 
     Columns of the state do not meet, so that what is worked on in parallel is (b, h, part of P columns); `least_parts` for where
     there are fewer heads than threads. The parts change nothing in the result.
     """
-    P, BLOCK, erases, sources = _part(K, V, least_parts), block(K, V), int(erase), _sources()
+    (keys, values), (K, V) = widths, map(padded, widths)
+    P, BLOCK, erases, scales, sources = _part(K, V, least_parts), block(K, V), int(erase), int(scaled), _sources()
     parts, place = V // P, Work(K, P, 1)
     STATE, SIZE = place.states, place.size
 
     @njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)
-    def forward(q: Any, r: Any, w: Any, v: Any, a: Any, initial: Any, scale: Any, o: Any, e: Any, kept: Any, final: Any) -> None:
+    def forward(
+        q: Any, r: Any, w: Any, beta: Any, v: Any, a: Any, initial: Any, scale: Any, o: Any, e: Any, kept: Any, final: Any
+    ) -> None:
         assert sources >= 0
         B, T, H, _ = q.shape
         for index in prange(B * H * parts):
@@ -94,8 +103,8 @@ def forward_loop(K: int, V: int, erase: bool, least_parts: int = 1) -> Compiled:
                             kept[b, h, t // BLOCK, k, c + j] = work[STATE + k * P + j]
                 row, count = (b * T + t) * H + h, min(TOKENS, T - t)
                 _decays(work, 0, a, b, t, h, count, K)
-                prepare(work, q, r, w, row, H, count, 0, K, P, 1, erases)  # type: ignore[call-arg]
-                step(work, v, e, o, scale, row, H, c, count, K, V, P, erases)
+                prepare(work, q, r, w, beta, row, H, count, 0, K, P, 1, erases, scales, keys)  # type: ignore[call-arg]
+                step(work, v, e, o, scale, row, H, c, count, K, V, P, erases, values)
             for k in range(K):
                 for j in range(P):
                     final[b, h, k, c + j] = work[STATE + k * P + j]
@@ -104,22 +113,25 @@ def forward_loop(K: int, V: int, erase: bool, least_parts: int = 1) -> Compiled:
 
 
 @functools.lru_cache(maxsize=256)
-def backward_loop(K: int, V: int, erase: bool) -> Compiled:
+def backward_loop(widths: tuple[int, int], erase: bool, scaled: bool) -> Compiled:
     """All gradients, from the errors e and the states before every block.
 
     Block after block from the last one: the states before its groups once more, forwards, then the groups backwards. Where the
     state is taken in parts, dq, dr, dw and d log a are sums over them.
     """
-    P, BLOCK, erases, sources = _part(K, V), block(K, V), int(erase), _sources()
+    (keys, values), (K, V) = widths, map(padded, widths)
+    P, BLOCK, erases, scales, sources = _part(K, V), block(K, V), int(erase), int(scaled), _sources()
     GROUPS, ROWS = BLOCK // TOKENS, Prepared(K).size
     place = Work(K, P, GROUPS)
-    ZEROS, SCRAP, LOGS, ADJOINT, STATES, SIZE = place.zeros, place.scrap, place.logs, place.adjoint, place.states, place.size
+    ZEROS, SCRAP, STEPS, LOGS = place.zeros, place.scrap, place.steps, place.logs
+    ADJOINT, STATES, SIZE = place.adjoint, place.states, place.size
 
     @njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)
     def backward(
         q: Any,
         r: Any,
         w: Any,
+        beta: Any,
         a: Any,
         e: Any,
         kept: Any,
@@ -129,6 +141,7 @@ def backward_loop(K: int, V: int, erase: bool) -> Compiled:
         dq: Any,
         dr: Any,
         dw: Any,
+        d_beta: Any,
         dv: Any,
         d_log: Any,
         d_initial: Any,
@@ -152,17 +165,19 @@ def backward_loop(K: int, V: int, erase: bool) -> Compiled:
                         t = first + m * TOKENS
                         row, count = (b * T + t) * H + h, min(TOKENS, T - t)
                         _decays(work, m * ROWS, a, b, t, h, count, K)
-                        prepare(work, q, r, w, row, H, count, m, K, P, GROUPS, erases)
+                        prepare(work, q, r, w, beta, row, H, count, m, K, P, GROUPS, erases, scales, keys)
                         if m + 1 < groups:
                             replay(work, e, row, H, c, count, m, K, V, P, GROUPS)
                     for m in range(groups - 1, -1, -1):
                         t = first + m * TOKENS
                         row, count = (b * T + t) * H + h, min(TOKENS, T - t)
-                        pull(work, e, d_o, dv, scale, row, H, c, count, m, K, V, P, GROUPS, erases)
-                        push(work, q, r, w, dq, dr, dw, row, H, count, m, c, K, P, GROUPS, erases)
+                        pull(work, e, d_o, dv, scale, row, H, c, count, m, K, V, P, GROUPS, erases, values)
+                        push(work, q, r, w, beta, dq, dr, dw, row, H, count, m, c, K, P, GROUPS, erases, scales, keys)
                         for i in range(count):
-                            if G == K:
-                                for k in range(K):
+                            if scales > 0:
+                                d_beta[b, t + i, h] = (d_beta[b, t + i, h] if c > 0 else zero) + work[STEPS + i]
+                            if G > 1:
+                                for k in range(G):
                                     d_log[b, t + i, h, k] = (d_log[b, t + i, h, k] if c > 0 else zero) + work[LOGS + i * K + k]
                             elif G == 1:
                                 total = zero

@@ -5,9 +5,9 @@
     du = (dy - y <y, dy>) / sqrt(|u|^2 + eps)        dz = du (s + u (1 - s)), s = sigmoid(z)
     dx_r = sum_i w_i dz_{r-lead+i}        dw_i = sum_t dz_t x_{t+lead-i}
 
-with taps that reach before the first row left out. Worked off in blocks of ROWS rows and a stretch of channels, a few heads of
-one output, so that everything about a block stays in the first-level cache. Nothing is kept for backward but x: z is cheaper to
-compute again than to fetch.
+with taps that reach before the first row left out. Forward goes row by row. Backward works in blocks of ROWS rows and a stretch
+of channels, a few heads of one output, so that everything about a block stays in the first-level cache. Nothing is kept for
+backward but x: z is cheaper to compute again than to fetch.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from typing import Any
 
 import numpy as np
 from numba import njit, prange
+from numba.extending import intrinsic
 
+from .row_code import RowCode, row_code, sources
 from .rows import IN_ORDER, Index, dot, read, write
 from .rows import silu as silu_of
+from .vectors import Value
 
 Compiled = Callable[..., None]
 ROWS = 8
@@ -58,23 +61,8 @@ def _read_from(x: Any, first: int, c0: Any, to: Any, rows: int, n: Any) -> None:
 
 
 @njit(fastmath=IN_ORDER, error_model="numpy", cache=True)
-def _emit(u: Any, c0: Any, unit: Any, eps: Any, y: Any, first: int, at: Any, rows: int, n: Any) -> None:
-    """Channels c0 .. c0 + n of u to rows first .. of y, from channel `at` on: u_i / sqrt(|u_i|^2 + eps) for each `unit` of them,
-    or as they are."""
-    for i in range(rows):
-        if unit == 0:
-            for c in range(n):
-                y[first + i, at + c] = u[i, c0 + c]
-        else:
-            for h in range(Index(0), n, unit):
-                inverse = u.dtype.type(1) / np.sqrt(dot(u, i, c0 + h, u, i, c0 + h, unit) + eps)
-                for c in range(unit):
-                    y[first + i, at + h + c] = inverse * u[i, c0 + h + c]
-
-
-@njit(fastmath=IN_ORDER, error_model="numpy", cache=True)
 def _take(u: Any, c0: Any, unit: Any, eps: Any, dy: Any, first: int, at: Any, du: Any, to: int, rows: int, n: Any) -> None:
-    """The adjoint of `_emit`, for rows to .. of du."""
+    """For rows to .. of du, the adjoint of u / sqrt(|u|^2 + eps) for each `unit` of the channels c0 .. c0 + n of u, or of u."""
     for i in range(rows):
         if unit == 0:
             for c in range(n):
@@ -87,40 +75,85 @@ def _take(u: Any, c0: Any, unit: Any, eps: Any, dy: Any, first: int, at: Any, du
                     du[to + i, c0 + h + c] = (dy[first + i, at + h + c] - u[i, c0 + h + c] * along) * inverse
 
 
+@intrinsic(prefer_literal=True)
+def _convolve(typing: Any, x: Any, at: Any, w: Any, W: Any, silu: Any, y: Any, to: Any, c0: Any, n: Any, C: Any) -> Any:
+    """u to y[to:], n channels of an output, whose newest input is x[at:], from channel c0 on."""
+
+    def body(
+        code: RowCode, x: Value, at: Value, w: Value, W: int, silu: int, y: Value, to: Value, c0: Value, n: Value, C: Value
+    ) -> None:
+        def emit(c: Value, _: list[Value]) -> list[Value]:
+            u = code.constant(0)
+            for i in range(W):
+                back = code.times(i, C)
+                u = code.fma(code.read(w, back, c0, c), code.read(x, code.builder.sub(at, back), c0, c), u)
+            code.write(code.mul(u, code.sigmoid(u)) if silu else u, y, to, c)
+            return []
+
+        code.each(n, [], emit)
+
+    return row_code(body, w.dtype, x, at, w, W, silu, y, to, c0, n, C)
+
+
+@intrinsic(prefer_literal=True)
+def _to_unit(typing: Any, y: Any, at: Any, n: Any, eps: Any) -> Any:
+    """y / sqrt(|y|^2 + eps) in place of n numbers from y[at:] on."""
+
+    def body(code: RowCode, y: Value, at: Value, n: Value, eps: Value) -> None:
+        def add(c: Value, sums: list[Value]) -> list[Value]:
+            u = code.read(y, at, c)
+            return [code.fma(u, u, sums[0])]
+
+        (squares,) = code.each(n, [code.constant(0)], add)
+        inverse = code.fill(code.divide(code.number(1), code.root(code.add(code.total(squares), eps))))
+
+        def scale(c: Value, _: list[Value]) -> list[Value]:
+            code.write(code.mul(code.read(y, at, c), inverse), y, at, c)
+            return []
+
+        code.each(n, [], scale)
+
+    return row_code(body, y.dtype, y, at, n, eps)
+
+
 @functools.cache
-def forward_conv() -> Compiled:
+def forward_conv(W: int, silu: bool) -> Compiled:
     """Fills the outputs ys [B,T,C_p]; stretches [n,4] of (first channel in x, channels, first piece, last piece + 1), pieces
     [m,5] of (output, first channel in it, first channel in the stretch, channels, unit)."""
+    version, active = sources(), int(silu)
 
-    @njit(parallel=True, fastmath=IN_ORDER, error_model="numpy", cache=True)
-    def forward(x: Any, w: Any, stretches: Any, pieces: Any, silu: bool, eps: Any, parts: int, ys: Any) -> None:
-        B, P, _ = x.shape
-        T, W = ys[0].shape[1], w.shape[0]
-        lead = P - T
-        for index in prange(parts * stretches.shape[0]):
-            part, stretch = index % parts, stretches[index // parts]
-            c0, n = Index(stretch[0]), Index(stretch[1])
-            taps, ring = np.empty((W + GAP, n), w.dtype)[:W], np.empty((W - 1 + ROWS + GAP, n), w.dtype)
-            z, s = np.empty((ROWS + GAP, n), w.dtype), np.empty((ROWS + GAP, n), w.dtype)
-            power = np.empty((ROWS + GAP, n), w.dtype)
-            read(w, 0, c0, taps, 0, W, n)
+    @njit(parallel=True, error_model="numpy", cache=True)
+    def forward(x: Any, w: Any, stretches: Any, pieces: Any, eps: Any, parts: int, ys: Any) -> None:
+        assert version >= 0
+        B, P, C = x.shape
+        T = ys[0].shape[1]
+        for part in prange(parts):
+            head, held = np.zeros((2 * W, C), x.dtype), -1  # a sequence's first rows behind W rows of zeros
             row, end = part * B * T // parts, (part + 1) * B * T // parts
             while row < end:
                 b, t = row // T, row % T
-                rows = min(ROWS, end - row, T - t)
-                _read_from(x[b], t + lead - W + 1, c0, ring, W - 1 + rows, n)
-                _taps(taps, ring, W - 1, -1, z, rows, n)
-                if silu:
-                    silu_of(z, s, power, Index(rows) * n)
-                for q in range(stretch[2], stretch[3]):
-                    p, at, c, width, unit = (
-                        pieces[q, 0],
-                        Index(pieces[q, 1]),
-                        Index(pieces[q, 2]),
-                        Index(pieces[q, 3]),
-                        Index(pieces[q, 4]),
-                    )
-                    _emit(z, c, unit, eps, ys[p][b], t, at, rows, width)
+                first, rows = t + P - T, min(ROWS, end - row, T - t)
+                if first < W and held != b:
+                    held = b
+                    for i in range(min(W, P)):
+                        for c in range(C):
+                            head[W + i, c] = x[b, i, c]
+                for stretch in range(stretches.shape[0]):
+                    for q in range(stretches[stretch, 2], stretches[stretch, 3]):
+                        y, unit, n = ys[pieces[q, 0]], pieces[q, 4], pieces[q, 3]
+                        c0, size = stretches[stretch, 0] + pieces[q, 2], y.shape[2]
+                        for i in range(rows):
+                            to, at = (row + i) * size + pieces[q, 1], (b * P + first + i) * C
+                            if first + i < W:
+                                near = (W + first + i) * C
+                                _convolve(head, near, w, W, active, y, to, c0, n, C)  # type: ignore[call-arg]
+                            else:
+                                _convolve(x, at, w, W, active, y, to, c0, n, C)  # type: ignore[call-arg]
+                        # All rows first: what was stored a moment ago cannot be loaded at once where the vectors lie otherwise.
+                        if unit > 0:
+                            for i in range(rows):
+                                for h in range(0, n, unit):
+                                    _to_unit(y, (row + i) * size + pieces[q, 1] + h, unit, eps)  # type: ignore[call-arg]
                 row += rows
 
     return forward

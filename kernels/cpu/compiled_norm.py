@@ -1,11 +1,12 @@
-"""RMSNorm of heads, with or without a gate, and SwiGLU, compiled by Numba in one pass each way over blocks of rows.
+"""RMSNorm of heads, with or without a gate or a sum before it, and SwiGLU, compiled by Numba in one pass each way over rows.
 
     x^ = x / sqrt(mean(x^2) + eps)        y = x^ w m,  m = 1, sigmoid(g) or g sigmoid(g)
     dx = (f - x^ mean(f x^)) / sqrt(mean(x^2) + eps),  f = dy m w        dw = sum dy m x^        dg = dy x^ w m'(g)
 
     y = g s u, s = sigmoid(g)        dg = dy u (s + g s (1 - s))        du = dy g s
 
-x, y, g [N,C], means over each `unit` channels; w [C]; gate and up of SwiGLU side by side, [N,2C].
+x, y, g [N,C], means over the C channels of a row; w [C]; gate and up of SwiGLU side by side, [N,2C]. A row is gone through twice,
+for its sums and for its results, the second time in the first-level cache.
 """
 
 from __future__ import annotations
@@ -16,162 +17,210 @@ from typing import Any
 
 import numpy as np
 from numba import njit, prange
+from numba.extending import intrinsic
 
-from .rows import IN_ORDER, Index, dot, read, sigmoid, write
+from .row_code import RowCode, row_code, sources
+from .vectors import Value
 
 Compiled = Callable[..., None]
-BLOCK = 1024
-"""Numbers of a block, about: six such arrays stay in the first-level cache. Blocks are as wide as can be: short pieces of many
-rows are slow to fetch."""
-GAP = 8
 NONE, SIGMOID, SILU = 0, 1, 2
 
 
-@njit(fastmath=IN_ORDER, error_model="numpy", cache=True)
-def _factor(g: Any, kind: int, m: Any, s: Any, power: Any, rows: int, n: Any) -> None:
-    """m and its derivative, which takes the place of g."""
-    one = g.dtype.type(1)
-    sigmoid(g, s, power, Index(rows) * n)
-    for i in range(rows):
-        if kind == SILU:
-            for c in range(n):
-                m[i, c] = g[i, c] * s[i, c]
-                g[i, c] = s[i, c] + m[i, c] * (one - s[i, c])
-        else:
-            for c in range(n):
-                m[i, c] = s[i, c]
-                g[i, c] = s[i, c] * (one - s[i, c])
+@intrinsic(prefer_literal=True)
+def _normalise(
+    typing: Any, x: Any, more: Any, w: Any, gate: Any, kind: Any, eps: Any, total: Any, y: Any, row: Any, C: Any
+) -> Any:
+    """A row of y, and of total = x + more where there is more."""
+
+    def body(
+        code: RowCode,
+        x: Value,
+        more: Value,
+        w: Value,
+        gate: Value,
+        kind: int,
+        eps: Value,
+        total: Value,
+        y: Value,
+        row: Value,
+        C: Value,
+    ) -> None:
+        at = code.times(row, C)
+
+        def add(c: Value, sums: list[Value]) -> list[Value]:
+            a = code.read(x, at, c)
+            if more is not None:
+                a = code.add(a, code.read(more, at, c))
+                code.write(a, total, at, c)
+            return [code.fma(a, a, sums[0])]
+
+        (square,) = code.each(C, [code.constant(0)], add)
+        inverse = code.fill(_inverse(code, square, C, eps))
+
+        def emit(c: Value, _: list[Value]) -> list[Value]:
+            a = code.mul(code.mul(code.read(x if more is None else total, at, c), inverse), code.read(w, c))
+            if gate is not None:
+                g = code.read(gate, at, c)
+                a = code.mul(a, _factor(code, g, kind)[0])
+            code.write(a, y, at, c)
+            return []
+
+        code.each(C, [], emit)
+
+    return row_code(body, w.dtype, x, more, w, gate, kind, eps, total, y, row, C)
 
 
-@njit(fastmath=IN_ORDER, error_model="numpy", cache=True)
-def _normalise(a: Any, u: Any, unit: Any, eps: Any, inverses: Any, rows: int, n: Any) -> None:
-    """a = a / sqrt(mean(a^2) + eps) for every u numbers; what was multiplied with, in `inverses`."""
-    one = a.dtype.type(1)
-    for i in range(rows):
-        for h in range(Index(0), n, u):
-            inverse = one / np.sqrt(dot(a, i, h, a, i, h, u) / unit + eps)
-            for c in range(u):
-                a[i, h + c] *= inverse
-                inverses[i, h + c] = inverse
+def _inverse(code: RowCode, square: Value, C: Value, eps: Value) -> Value:
+    """1 / sqrt(mean + eps), of the sums of squares in the lanes."""
+    mean = code.divide(code.total(square), code.builder.sitofp(C, code.number))
+    return code.divide(code.number(1), code.root(code.add(mean, eps)))
 
 
-@njit(fastmath=IN_ORDER, error_model="numpy", cache=True)
-def _project(f: Any, a: Any, u: Any, unit: Any, inverses: Any, rows: int, n: Any) -> None:
-    """f = (f - a mean(f a)) * inverses, for every u numbers."""
-    for i in range(rows):
-        for h in range(Index(0), n, u):
-            along = dot(f, i, h, a, i, h, u) / unit
-            for c in range(u):
-                f[i, h + c] = (f[i, h + c] - a[i, h + c] * along) * inverses[i, h + c]
+def _factor(code: RowCode, g: Value, kind: int) -> tuple[Value, Value]:
+    """m and its derivative."""
+    s = code.sigmoid(g)
+    rest = code.subtract(code.constant(1), s)
+    if kind == SIGMOID:
+        return s, code.mul(s, rest)
+    m = code.mul(g, s)
+    return m, code.fma(m, rest, s)
 
 
-@njit(fastmath=IN_ORDER, error_model="numpy", cache=True)
-def _scale(a: Any, w: Any, m: Any, gated: bool, rows: int, n: Any) -> None:
-    """a = a w m."""
-    for i in range(rows):
-        if gated:
-            for c in range(n):
-                a[i, c] *= w[0, c] * m[i, c]
-        else:
-            for c in range(n):
-                a[i, c] *= w[0, c]
+@intrinsic(prefer_literal=True)
+def _pull(
+    typing: Any, x: Any, w: Any, gate: Any, kind: Any, eps: Any, dy: Any, before: Any, space: Any, dx: Any, dmore: Any,
+    dgate: Any, dw: Any, part: Any, row: Any, C: Any,
+) -> Any:  # fmt: skip
+    """The gradients of a row; `before` is what dx and dmore have besides, dw [part] the sum so far, space [2,C] scratch."""
 
+    def body(
+        code: RowCode, x: Value, w: Value, gate: Value, kind: int, eps: Value, dy: Value, before: Value, space: Value, dx: Value,
+        dmore: Value, dgate: Value, dw: Value, part: Value, row: Value, C: Value,
+    ) -> None:  # fmt: skip
+        at, sums_at = code.times(row, C), code.times(part, C)
 
-@njit(fastmath=IN_ORDER, error_model="numpy", cache=True)
-def _through(f: Any, a: Any, w: Any, g: Any, m: Any, gated: bool, sums: Any, rows: int, n: Any) -> None:
-    """From dy in f: the gate's gradient in g (its derivative before), what w gets added to `sums`, and f = dy m w."""
-    for i in range(rows):
-        if gated:
-            for c in range(n):
-                g[i, c] *= f[i, c] * a[i, c] * w[0, c]
-                f[i, c] *= m[i, c]
-        for c in range(n):
-            sums[0, c] += f[i, c] * a[i, c]
-            f[i, c] *= w[0, c]
+        def add(c: Value, sums: list[Value]) -> list[Value]:
+            a, d = code.read(x, at, c), code.read(dy, at, c)
+            f = code.mul(d, code.read(w, c))
+            if gate is not None:
+                m, slope = _factor(code, code.read(gate, at, c), kind)
+                code.write(code.mul(code.mul(f, a), slope), space, C, c)
+                code.write(code.mul(d, m), space, c)
+                f = code.mul(f, m)
+            return [code.fma(a, a, sums[0]), code.fma(f, a, sums[1])]
+
+        square, product = code.each(C, [code.constant(0)] * 2, add)
+        number = _inverse(code, square, C, eps)
+        mean = code.divide(code.total(product), code.builder.sitofp(C, code.number))
+        inverse, along = code.fill(number), code.fill(code.minus(code.mul(mean, code.mul(number, number))))
+
+        def emit(c: Value, _: list[Value]) -> list[Value]:
+            a = code.read(x, at, c)
+            d = code.read(dy, at, c) if gate is None else code.read(space, c)
+            f = code.mul(d, code.read(w, c))
+            code.write(code.fma(code.mul(d, a), inverse, code.read(dw, sums_at, c)), dw, sums_at, c)
+            result = code.mul(code.fma(a, along, f), inverse)
+            if before is not None:
+                result = code.add(result, code.read(before, at, c))
+            code.write(result, dx, at, c)
+            if dmore is not None:
+                code.write(result, dmore, at, c)
+            if gate is not None:
+                code.write(code.mul(code.read(space, C, c), inverse), dgate, at, c)
+            return []
+
+        code.each(C, [], emit)
+
+    given = (x, w, gate, kind, eps, dy, before, space, dx, dmore, dgate, dw, part, row, C)
+    return row_code(body, w.dtype, *given)
 
 
 @functools.cache
-def forward_norm() -> Compiled:
-    """Fills y; w [1,C]."""
+def forward_norm(kind: int) -> Compiled:
+    """Fills y; w [C]. x + more [N,C] is normalised instead of x, and kept in `total`, where `more` is no None. `gate` [N,C] or
+    None."""
+    version = sources()
 
-    @njit(parallel=True, fastmath=IN_ORDER, error_model="numpy", cache=True)
-    def forward(x: Any, w: Any, gate: Any, kind: int, unit: int, eps: Any, parts: int, y: Any) -> None:
+    @njit(parallel=True, error_model="numpy", cache=True)
+    def forward(x: Any, more: Any, w: Any, gate: Any, eps: Any, parts: int, total: Any, y: Any) -> None:
+        assert version >= 0
         N, C = x.shape
-        R = max(1, min(N, BLOCK // max(C, 1)))
         for part in prange(parts):
-            n, u, zero, divisor = Index(C), Index(unit), Index(0), w.dtype.type(unit)
-            a, g, m = np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype)
-            s, power = np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype)
-            end = (part + 1) * N // parts
-            for first in range(part * N // parts, end, R):
-                rows = min(R, end - first)
-                read(x, first, zero, a, 0, rows, n)
-                if kind != NONE:
-                    read(gate, first, zero, g, 0, rows, n)
-                    _factor(g, kind, m, s, power, rows, n)
-                _normalise(a, u, divisor, eps, s, rows, n)
-                _scale(a, w, m, kind != NONE, rows, n)
-                write(a, y, first, zero, rows, n)
+            for row in range(part * N // parts, (part + 1) * N // parts):
+                _normalise(x, more, w, gate, kind, eps, total, y, row, C)  # type: ignore[call-arg]
 
     return forward
 
 
 @functools.cache
-def backward_norm() -> Compiled:
-    """Fills dx, dgate where there is a gate, and dw [parts,C], whose parts are still to be summed."""
+def backward_norm(kind: int) -> Compiled:
+    """Fills dx, and where they are no None, dgate and dmore; dw [parts,C], whose parts are still to be summed. `before`: what is
+    added to dx, or None."""
+    version = sources()
 
-    @njit(parallel=True, fastmath=IN_ORDER, error_model="numpy", cache=True)
-    def backward(x: Any, w: Any, gate: Any, kind: int, unit: int, eps: Any, dy: Any, dx: Any, dgate: Any, dw: Any) -> None:
+    @njit(parallel=True, error_model="numpy", cache=True)
+    def backward(x: Any, w: Any, gate: Any, eps: Any, dy: Any, before: Any, dx: Any, dmore: Any, dgate: Any, dw: Any) -> None:
+        assert version >= 0
         N, C = x.shape
-        R = max(1, min(N, BLOCK // max(C, 1)))
         parts = dw.shape[0]
         for part in prange(parts):
-            n, u, zero, divisor = Index(C), Index(unit), Index(0), w.dtype.type(unit)
-            a, g, m = np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype)
-            s, power = np.empty((R + GAP, C), w.dtype), np.empty((R + GAP, C), w.dtype)
-            f, sums = np.empty((R + GAP, C), w.dtype), np.zeros((1 + GAP, C), w.dtype)
-            end = (part + 1) * N // parts
-            for first in range(part * N // parts, end, R):
-                rows = min(R, end - first)
-                read(x, first, zero, a, 0, rows, n)
-                read(dy, first, zero, f, 0, rows, n)
-                if kind != NONE:
-                    read(gate, first, zero, g, 0, rows, n)
-                    _factor(g, kind, m, s, power, rows, n)
-                _normalise(a, u, divisor, eps, s, rows, n)
-                _through(f, a, w, g, m, kind != NONE, sums, rows, n)
-                _project(f, a, u, divisor, s, rows, n)
-                write(f, dx, first, zero, rows, n)
-                if kind != NONE:
-                    write(g, dgate, first, zero, rows, n)
-            write(sums, dw, part, zero, 1, n)
+            space = np.empty(2 * C, w.dtype)
+            for c in range(C):
+                dw[part, c] = 0
+            for row in range(part * N // parts, (part + 1) * N // parts):
+                _pull(x, w, gate, kind, eps, dy, before, space, dx, dmore, dgate, dw, part, row, C)  # type: ignore[call-arg]
 
     return backward
+
+
+@intrinsic(prefer_literal=True)
+def _gate(typing: Any, both: Any, like: Any, y: Any, row: Any, C: Any) -> Any:
+    """A row of SwiGLU's y."""
+
+    def body(code: RowCode, both: Value, like: Value, y: Value, row: Value, C: Value) -> None:
+        at = code.times(row, C)
+
+        def emit(c: Value, _: list[Value]) -> list[Value]:
+            g, u = code.read(both, at, at, c), code.read(both, at, at, C, c)
+            code.write(code.mul(code.mul(g, code.sigmoid(g)), u), y, at, c)
+            return []
+
+        code.each(C, [], emit)
+
+    return row_code(body, like.dtype, both, like, y, row, C)
+
+
+@intrinsic(prefer_literal=True)
+def _ungate(typing: Any, both: Any, like: Any, dy: Any, d_both: Any, row: Any, C: Any) -> Any:
+    """A row of SwiGLU's gradient."""
+
+    def body(code: RowCode, both: Value, like: Value, dy: Value, d_both: Value, row: Value, C: Value) -> None:
+        at = code.times(row, C)
+
+        def emit(c: Value, _: list[Value]) -> list[Value]:
+            g, u, d = code.read(both, at, at, c), code.read(both, at, at, C, c), code.read(dy, at, c)
+            m, slope = _factor(code, g, SILU)
+            code.write(code.mul(code.mul(d, u), slope), d_both, at, at, c)
+            code.write(code.mul(d, m), d_both, at, at, C, c)
+            return []
+
+        code.each(C, [], emit)
+
+    return row_code(body, like.dtype, both, like, dy, d_both, row, C)
 
 
 @functools.cache
 def forward_swiglu() -> Compiled:
     """Fills y [N,C] from gate and up [N,2C], in the precision of `like`."""
+    version = sources()
 
-    @njit(parallel=True, fastmath=IN_ORDER, error_model="numpy", cache=True)
-    def forward(both: Any, like: Any, stretches: Any, parts: int, y: Any) -> None:
+    @njit(parallel=True, error_model="numpy", cache=True)
+    def forward(both: Any, like: Any, parts: int, y: Any) -> None:
+        assert version >= 0
         N, C = y.shape
-        for index in prange(parts * stretches.shape[0]):
-            part, stretch = index % parts, stretches[index // parts]
-            c0, n = Index(stretch[0]), Index(stretch[1])
-            R = max(1, min(N, BLOCK // n))
-            g, u = np.empty((R + GAP, n), like.dtype), np.empty((R + GAP, n), like.dtype)
-            s, power = np.empty((R + GAP, n), like.dtype), np.empty((R + GAP, n), like.dtype)
-            end = (part + 1) * N // parts
-            for first in range(part * N // parts, end, R):
-                rows = min(R, end - first)
-                read(both, first, c0, g, 0, rows, n)
-                read(both, first, Index(C) + c0, u, 0, rows, n)
-                sigmoid(g, s, power, Index(rows) * n)
-                for i in range(rows):
-                    for c in range(n):
-                        u[i, c] *= g[i, c] * s[i, c]
-                write(u, y, first, c0, rows, n)
+        for part in prange(parts):
+            for row in range(part * N // parts, (part + 1) * N // parts):
+                _gate(both, like, y, row, C)  # type: ignore[call-arg]
 
     return forward
 
@@ -179,30 +228,14 @@ def forward_swiglu() -> Compiled:
 @functools.cache
 def backward_swiglu() -> Compiled:
     """Fills d_both [N,2C]."""
+    version = sources()
 
-    @njit(parallel=True, fastmath=IN_ORDER, error_model="numpy", cache=True)
-    def backward(both: Any, like: Any, stretches: Any, parts: int, dy: Any, d_both: Any) -> None:
+    @njit(parallel=True, error_model="numpy", cache=True)
+    def backward(both: Any, like: Any, parts: int, dy: Any, d_both: Any) -> None:
+        assert version >= 0
         N, C = dy.shape
-        one = like.dtype.type(1)
-        for index in prange(parts * stretches.shape[0]):
-            part, stretch = index % parts, stretches[index // parts]
-            c0, n = Index(stretch[0]), Index(stretch[1])
-            R = max(1, min(N, BLOCK // n))
-            g, u = np.empty((R + GAP, n), like.dtype), np.empty((R + GAP, n), like.dtype)
-            s, d = np.empty((R + GAP, n), like.dtype), np.empty((R + GAP, n), like.dtype)
-            end = (part + 1) * N // parts
-            for first in range(part * N // parts, end, R):
-                rows = min(R, end - first)
-                read(both, first, c0, g, 0, rows, n)
-                read(both, first, Index(C) + c0, u, 0, rows, n)
-                sigmoid(g, s, d, Index(rows) * n)
-                read(dy, first, c0, d, 0, rows, n)
-                for i in range(rows):
-                    for c in range(n):
-                        gs = g[i, c] * s[i, c]
-                        g[i, c] = d[i, c] * u[i, c] * (s[i, c] + gs * (one - s[i, c]))
-                        u[i, c] = d[i, c] * gs
-                write(g, d_both, first, c0, rows, n)
-                write(u, d_both, first, Index(C) + c0, rows, n)
+        for part in prange(parts):
+            for row in range(part * N // parts, (part + 1) * N // parts):
+                _ungate(both, like, dy, d_both, row, C)  # type: ignore[call-arg]
 
     return backward

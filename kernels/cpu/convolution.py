@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .launch import arrays, launch, scalar
+from .launch import launch, scalar
 
 _PARTS = 16
 _SMALLEST = 1 << 14
@@ -36,11 +36,11 @@ def convolve(
     from .compiled_conv import forward_conv
 
     outputs = tuple(weight.new_empty(padded.shape[0], tokens, size) for size in sizes)
-    with launch("convolution", (padded.dtype, len(sizes)), padded.numel()):
-        forward_conv()(
+    W = len(weight)
+    with launch("convolution", (padded.dtype, len(sizes), W, silu), padded.numel()):
+        forward_conv(W, silu)(
             *numbers(padded, weight),
             *stretches_of(tuple(sizes), tuple(units)),
-            silu,
             scalar(eps, weight.dtype),
             _PARTS,
             numbers(*outputs),
@@ -69,10 +69,15 @@ def convolve_backward(
     return d_padded, d_weight.sum(0)
 
 
-def numbers(*tensors: Tensor) -> tuple[Any, ...]:
-    """The tensors as arrays for compiled loops, bfloat16 as int16 (`rows.py`); contiguous copies of those that are not."""
-    plain = (tensor.detach().contiguous() for tensor in tensors)
-    return arrays(*(tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor for tensor in plain))
+def numbers(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as arrays for compiled loops, bfloat16 as int16 (`row_code.py`), None as None; contiguous copies of those that
+    are not."""
+    return tuple(None if tensor is None else _array(tensor.detach()) for tensor in tensors)
+
+
+def _array(tensor: Tensor) -> Any:
+    plain = tensor.contiguous()
+    return (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
 @functools.lru_cache(maxsize=256)

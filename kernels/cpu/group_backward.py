@@ -19,7 +19,7 @@ from typing import Any
 
 from numba.extending import intrinsic
 
-from .group_forward import TOKENS, Prepared, Work, m, n
+from .group_forward import TOKENS, Prepared, Work, m, n, written
 from .vectors import Code, Value, vector_code
 
 
@@ -88,26 +88,31 @@ def _replay(
 @intrinsic(prefer_literal=True)
 def pull(
     typing: Any, work: Any, e: Any, d_o: Any, dv: Any, scale: Any, row: Any, heads: Any, column: Any, count: Any, group: Any,
-    K: Any, V: Any, P: Any, groups: Any, erase: Any,
+    K: Any, V: Any, P: Any, groups: Any, erase: Any, values: Any,
 ) -> Any:  # fmt: skip
-    """dv of a group and, in `work`, the columns that `push` needs and the sums over the columns of dN and dM."""
-    return vector_code(_pull, work.dtype, work, e, d_o, dv, scale, row, heads, column, count, group, K, V, P, groups, erase)
+    """dv of a group and, in `work`, the columns that `push` needs and the sums over the columns of dN and dM; d_o and dv have
+    rows of `values` numbers, e of V."""
+    return vector_code(
+        _pull, work.dtype, work, e, d_o, dv, scale, row, heads, column, count, group, K, V, P, groups, erase, values
+    )
 
 
 def _pull(
     code: Code, work: Value, e: Value, d_o: Value, dv: Value, scale: Value, row: Value, heads: Value, column: Value,
-    count: Value, group: Value, K: int, V: int, P: int, groups: int, erase: int,
+    count: Value, group: Value, K: int, V: int, P: int, groups: int, erase: int, values: int,
 ) -> None:  # fmt: skip
     place, parts, tokens, lanes = Prepared(K), Work(K, P, groups), range(TOKENS), code.lanes
     here, out = code.at(work, code.times(group, place.size)), code.at(work, parts.columns)
     _products(code, here, code.at(work, parts.adjoint), out, K, P)
-    first, stride = code.sum(code.times(row, V), column), code.times(heads, V)
-    errors, upstream = (code.rows(x, first, stride, TOKENS, count, code.at(work, parts.zeros)) for x in (e, d_o))
+    none, width = code.at(work, parts.zeros), code.left(values, V, column)
+    first, stride = code.sum(code.times(row, values), column), code.times(heads, values)
+    errors = code.rows(e, code.sum(code.times(row, V), column), code.times(heads, V), TOKENS, count, none)
+    upstream = code.rows(d_o, first, stride, TOKENS, count, none)
     found = code.rows(dv, first, stride, TOKENS, count, code.at(work, parts.scrap))
     factor = code.fill(scale)
 
     def body(v: Value, sums: list[Value]) -> Sequence[Value]:
-        g = [code.mul(factor, code.load(x, v)) for x in upstream]
+        g = [code.mul(factor, code.part(x, v, width)) for x in upstream]
         x = [code.load(errors[j], v) for j in tokens]
         de = [code.load(out, code.sum(j * P, v)) for j in tokens]
         for j in reversed(tokens):
@@ -122,7 +127,7 @@ def _pull(
             for i in tokens:
                 code.store(vectors[i], out, code.sum((kind * TOKENS + i) * P, v))
         for i in tokens:
-            code.store(de[i], found[i], v)
+            code.store_part(de[i], found[i], v, width)
         return sums
 
     sums = code.sums(code.loop(P, lanes, [code.constant(0)] * TOKENS**2, body))
@@ -153,41 +158,53 @@ def _products(code: Code, rows: Value, D: Value, out: Value, K: int, P: int) -> 
 
 @intrinsic(prefer_literal=True)
 def push(
-    typing: Any, work: Any, q: Any, r: Any, w: Any, dq: Any, dr: Any, dw: Any, row: Any, heads: Any, count: Any, group: Any,
-    further: Any, K: Any, P: Any, groups: Any, erase: Any,
+    typing: Any, work: Any, q: Any, r: Any, w: Any, beta: Any, dq: Any, dr: Any, dw: Any, row: Any, heads: Any, count: Any,
+    group: Any, further: Any, K: Any, P: Any, groups: Any, erase: Any, scaled: Any, keys: Any,
 ) -> Any:  # fmt: skip
-    """dq, dr, dw of a group after `pull` (added to what is there where `further` is not 0) and, in `work`, d log a and the
-    adjoint of the state before the group."""
-    return vector_code(_push, work.dtype, work, q, r, w, dq, dr, dw, row, heads, count, group, further, K, P, groups, erase)
+    """dq, dr, dw of a group after `pull` (added to what is there where `further` is not 0) and, in `work`, d log a, d beta and
+    the adjoint of the state before the group. `scaled`: r is w, and dw the gradient of both."""
+    given = (work, q, r, w, beta, dq, dr, dw, row, heads, count, group, further, K, P, groups, erase, scaled, keys)
+    return vector_code(_push, work.dtype, *given)
 
 
 def _push(
-    code: Code, work: Value, q: Value, r: Value, w: Value, dq: Value, dr: Value, dw: Value, row: Value, heads: Value,
-    count: Value, group: Value, further: Value, K: int, P: int, groups: int, erase: int,
+    code: Code, work: Value, q: Value, r: Value, w: Value, beta: Value, dq: Value, dr: Value, dw: Value, row: Value,
+    heads: Value, count: Value, group: Value, further: Value, K: int, P: int, groups: int, erase: int, scaled: int, keys: int,
 ) -> None:  # fmt: skip
-    parts = Work(K, P, groups)
-    first, stride = code.times(row, K), code.times(heads, K)
-    inputs = [code.rows(x, first, stride, TOKENS, count, code.at(work, parts.zeros)) for x in (q, r, w)]
+    parts, width = Work(K, P, groups), None if keys == K else keys
+    first, stride, none = code.times(row, keys), code.times(heads, keys), code.at(work, parts.zeros)
+    inputs = [code.rows(x, first, stride, TOKENS, count, none) for x in (q, r, w)]
     outputs = [code.rows(x, first, stride, TOKENS, count, code.at(work, parts.scrap)) for x in (dq, dr, dw)]
+    write_key = written(code, beta, row, heads, count, none, scaled)
     again = code.builder.icmp_signed("!=", further, code.index(0))
     here = code.at(work, code.times(group, Prepared(K).size))
     S = code.at(work, parts.states, code.times(group, K * P))
 
-    def tile(k: Value, _: list[Value]) -> Sequence[Value]:
+    def tile(k: Value, steps: list[Value]) -> Sequence[Value]:
         places = [code.at(x, k) for x in (S, code.at(work, parts.adjoint))]
-        for x in (dq, dr, dw) if erase else (dq, dw):
+        for x in (dq, dr, dw) if erase and not scaled else (dq, dw):
             code.fetch(x, first, stride, range(TOKENS), k, write=True)
         sums = _sweep(code, here, places, code.at(work, parts.columns), k, K, P, erase)
-        found, crossing = _gather(code, here, code.at(work, parts.pairs), inputs, k, sums, K, erase)
+        query, read, key = ([code.part(x, k, width) for x in rows] for rows in inputs)
+        write = [write_key(i, x) for i, x in enumerate(key)]
+        given = (query, read, write)
+        found, crossing = _gather(code, here, code.at(work, parts.pairs), given, k, sums, K, erase)
+        if scaled:
+            d_query, d_read, d_write = found
+            steps = [code.fma(key[i], x, steps[i]) for i, x in enumerate(d_write)]
+            d_key = [write_key(i, x) for i, x in enumerate(d_write)]
+            found = [d_query, [], [code.add(x, y) for x, y in zip(d_key, d_read, strict=True)] if erase else d_key]
         for rows, vectors in zip(outputs, found, strict=True):
             for place, x in zip(rows, vectors, strict=False):
-                before = code.choose(again, code.load(place, k), code.constant(0))
-                code.store(code.add(before, x), place, k)
+                before = code.choose(again, code.part(place, k, width), code.constant(0))
+                code.store_part(code.add(before, x), place, k, width)
         for i, x in enumerate(crossing):
             code.store(x, work, code.sum(parts.logs + i * K, k))
-        return []
+        return steps
 
-    code.loop(K, code.lanes, [], tile)
+    steps = code.loop(K, code.lanes, [code.constant(0)] * (TOKENS if scaled else 0), tile)
+    if scaled:
+        code.store(code.sums([*steps, *[code.constant(0)] * (code.lanes - TOKENS)])[0], work, parts.steps)
 
 
 Sums = tuple[list[Value], list[Value], list[Value], Value]
@@ -227,12 +244,12 @@ def _sweep(code: Code, rows: Value, places: list[Value], columns: Value, k: Valu
 
 
 def _gather(
-    code: Code, rows: Value, pairs: Value, inputs: list[list[Value]], k: Value, sums: Sums, K: int, erase: int
+    code: Code, rows: Value, pairs: Value, given: Sequence[list[Value]], k: Value, sums: Sums, K: int, erase: int
 ) -> tuple[list[list[Value]], list[Value]]:
-    """[dq, dr, dw] and d log a of every token, for the channels from k on."""
+    """[dq, dr, dw] and d log a of every token, for the channels from k on, where q, r and w are `given`."""
     place, tokens = Prepared(K), range(TOKENS)
     decay = [code.load(rows, code.sum(place.decay + i * K, k)) for i in tokens]
-    query, read, write = ([code.load(x, k) for x in places] for places in inputs)
+    query, read, write = given
     of_query, of_read, of_write, of_state = sums
     dq, dr, dw = list(of_query), list(of_read), list(of_write)
     # Along the tokens: what the state held before the group, then each token's write, decayed on the way to its reader.

@@ -1,5 +1,7 @@
 """Four tokens at a time, a group: the forward pieces of the token loop as vector code. One head, decays a_i = exp(log_decay_i).
 
+The write key is w_i, or beta_i w_i. Rows of q, r, w, v and o may be shorter than the K and V that are worked with.
+
 Within a group whose first state is S, with c_i = a_0 .. a_i and c_ij = a_{j+1} .. a_i (per key channel, products of decays:
 nothing is divided, and no exponential can overflow):
 
@@ -13,7 +15,7 @@ four times, and the sums over its rows stay in registers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numba.extending import intrinsic
@@ -51,7 +53,9 @@ class Work:
         """[4,TOKENS,P], backward: D^T (c_3j w_j), scale do, de and e."""
         self.pairs = self.columns + 4 * TOKENS * P
         """Backward: the gradients of the pairs."""
-        self.logs = self.pairs + PAIRS
+        self.steps = self.pairs + PAIRS
+        """[LANES], backward: the gradients of the betas, then zeros."""
+        self.logs = self.steps + LANES
         """[TOKENS,K], backward: the gradient of log a."""
         self.adjoint = self.logs + TOKENS * K
         """[P,K], backward: D."""
@@ -72,30 +76,44 @@ def n(i: int, j: int) -> int:
     return TOKENS * (TOKENS - 1) // 2 + i * (i + 1) // 2 + j
 
 
+def written(
+    code: Code, beta: Value, row: Value, heads: Value, count: Value, none: Value, scaled: int
+) -> Callable[[int, Value], Value]:
+    """(token, its vector of w) -> the vector of its write key; no token beyond the `count`-th writes."""
+    if not scaled:
+        return lambda _, x: x
+    factors = [code.spread(x) for x in code.rows(beta, row, heads, TOKENS, count, none)]
+    return lambda i, x: code.mul(factors[i], x)
+
+
 @intrinsic(prefer_literal=True)
 def prepare(
-    typing: Any, work: Any, q: Any, r: Any, w: Any, row: Any, heads: Any, count: Any, group: Any, K: Any, P: Any, groups: Any,
-    erase: Any,
+    typing: Any, work: Any, q: Any, r: Any, w: Any, beta: Any, row: Any, heads: Any, count: Any, group: Any, K: Any, P: Any,
+    groups: Any, erase: Any, scaled: Any, keys: Any,
 ) -> Any:  # fmt: skip
-    """The `Prepared` of a group of `count` tokens whose decays are there; q, r, w hold its rows from `row` on, `heads` apart."""
-    return vector_code(_prepare, work.dtype, work, q, r, w, row, heads, count, group, K, P, groups, erase)
+    """The `Prepared` of a group of `count` tokens whose decays are there; q, r, w hold its rows of `keys` numbers from `row` on,
+    `heads` apart, and so does beta its numbers where the write keys are `scaled` by them."""
+    given = (work, q, r, w, beta, row, heads, count, group, K, P, groups, erase, scaled, keys)
+    return vector_code(_prepare, work.dtype, *given)
 
 
 def _prepare(
-    code: Code, work: Value, q: Value, r: Value, w: Value, row: Value, heads: Value, count: Value, group: Value, K: int,
-    P: int, groups: int, erase: int,
+    code: Code, work: Value, q: Value, r: Value, w: Value, beta: Value, row: Value, heads: Value, count: Value, group: Value,
+    K: int, P: int, groups: int, erase: int, scaled: int, keys: int,
 ) -> None:  # fmt: skip
-    place, tokens = Prepared(K), range(TOKENS)
+    place, tokens, width = Prepared(K), range(TOKENS), None if keys == K else keys
     here = code.at(work, code.times(group, place.size))
-    first, stride, none = code.times(row, K), code.times(heads, K), code.at(work, Work(K, P, groups).zeros)
+    first, stride, none = code.times(row, keys), code.times(heads, keys), code.at(work, Work(K, P, groups).zeros)
     queries, reads, writes = (code.rows(x, first, stride, TOKENS, count, none) for x in (q, r, w))
+    write_key = written(code, beta, row, heads, count, none, scaled)
 
     def body(k: Value, sums: list[Value]) -> Sequence[Value]:
         for x in (q, r, w):  # of the next group
             code.fetch(x, first, stride, range(TOKENS, 2 * TOKENS), k)
         decay = [code.load(here, code.sum(place.decay + i * K, k)) for i in tokens]
-        query, write = ([code.load(x, k) for x in rows] for rows in (queries, writes))
-        read = [code.load(x, k) for x in reads] if erase else []
+        query, write = ([code.part(x, k, width) for x in rows] for rows in (queries, writes))
+        read = [code.part(x, k, width) for x in reads] if erase else []
+        write = [write_key(i, x) for i, x in enumerate(write)]
         passed = decay[0]
         for i in tokens:
             passed = code.mul(passed, decay[i]) if i else passed
@@ -122,20 +140,26 @@ def _prepare(
 @intrinsic(prefer_literal=True)
 def step(
     typing: Any, work: Any, v: Any, e: Any, o: Any, scale: Any, row: Any, heads: Any, column: Any, count: Any, K: Any, V: Any,
-    P: Any, erase: Any,
+    P: Any, erase: Any, values: Any,
 ) -> Any:  # fmt: skip
-    """o and e of a prepared group, for the P columns of v from `column` on, and the state after it."""
-    return vector_code(_step, work.dtype, work, v, e, o, scale, row, heads, column, count, K, V, P, erase)
+    """o and e of a prepared group, for the P columns of v from `column` on, and the state after it; v and o have rows of `values`
+    numbers, e of V."""
+    return vector_code(_step, work.dtype, work, v, e, o, scale, row, heads, column, count, K, V, P, erase, values)
 
 
 def _step(
     code: Code, work: Value, v: Value, e: Value, o: Value, scale: Value, row: Value, heads: Value, column: Value, count: Value,
-    K: int, V: int, P: int, erase: int,
+    K: int, V: int, P: int, erase: int, values: int,
 ) -> None:  # fmt: skip
-    first, stride = code.sum(code.times(row, V), column), code.times(heads, V)
-    parts = Work(K, P, 1)
-    values = code.rows(v, first, stride, TOKENS, count, code.at(work, parts.zeros))
-    places = [values, *(code.rows(x, first, stride, TOKENS, count, code.at(work, parts.scrap)) for x in (e, o))]
+    parts, width = Work(K, P, 1), code.left(values, V, column)
+    none, scrap = code.at(work, parts.zeros), code.at(work, parts.scrap)
+    first, stride = code.sum(code.times(row, values), column), code.times(heads, values)
+    full, apart = code.sum(code.times(row, V), column), code.times(heads, V)
+    places = [
+        code.rows(v, first, stride, TOKENS, count, none),
+        code.rows(e, full, apart, TOKENS, count, scrap),
+        code.rows(o, first, stride, TOKENS, count, scrap),
+    ]
     state = code.at(work, parts.states)
     factor = code.fill(scale)
     wide = max(code.registers // 16, 1)
@@ -146,10 +170,10 @@ def _step(
             at = [code.sum(start + s * code.lanes, j) for s in range(size)]
             for column in at:
                 code.fetch(v, first, stride, range(TOKENS, 2 * TOKENS), column)
-                for x in (e, o):
-                    code.fetch(x, first, stride, range(TOKENS), column, write=True)
+                code.fetch(e, full, apart, range(TOKENS), column, write=True)
+                code.fetch(o, first, stride, range(TOKENS), column, write=True)
             y, z = _read(code, work, state, at, K, P, erase)
-            errors = _solve(code, work, factor, places, at, y, z, K, erase)
+            errors = _solve(code, work, factor, places, at, width, y, z, K, erase)
             _update(code, work, state, at, errors, K, P)
             return []
 
@@ -184,15 +208,15 @@ def _read(
 
 
 def _solve(
-    code: Code, rows: Value, factor: Value, places: list[list[Value]], at: list[Value], y: list[list[Value]],
-    z: list[list[Value]], K: int, erase: int,
+    code: Code, rows: Value, factor: Value, places: list[list[Value]], at: list[Value], width: Value | None,
+    y: list[list[Value]], z: list[list[Value]], K: int, erase: int,
 ) -> list[list[Value]]:  # fmt: skip
     """The errors of every token at the columns `at`; they and the outputs are stored."""
     pairs = Prepared(K).pairs
     values, errors, outputs = places
     found: list[list[Value]] = []
     for i in range(TOKENS):
-        x = [code.load(values[i], column) for column in at]
+        x = [code.part(values[i], column, width) for column in at]
         if erase:
             x = [code.subtract(one, other) for one, other in zip(x, y[i], strict=True)]
             for j in range(i):
@@ -205,7 +229,7 @@ def _solve(
             out = [code.fma(factor_ij, found[j][s], out[s]) for s in range(len(at))]
         for s, column in enumerate(at):
             code.store(x[s], errors[i], column)
-            code.store(code.mul(factor, out[s]), outputs[i], column)
+            code.store_part(code.mul(factor, out[s]), outputs[i], column, width)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ def arrays(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.detach().numpy() for tensor in tensors)
 
 
+@functools.lru_cache(maxsize=256)
 def scalar(number: float, dtype: torch.dtype) -> Any:
     """A NumPy scalar of `dtype`: a Python float would make the loop work in float64."""
     return torch.tensor(number, dtype=dtype).numpy()[()]
@@ -43,7 +45,9 @@ def _threads(work: int) -> Iterator[None]:
     threads = torch.get_num_threads()
     wanted = threads if work >= _WORTH_A_THREAD else 1
     before = numba.get_num_threads()  # a number per calling thread: autograd's is another one
-    numba.set_num_threads(max(1, min(wanted, numba.config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
+    wanted = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    if wanted != before:
+        numba.set_num_threads(wanted)
     # Numba's first launch in a process sets OpenMP's number of threads, which is torch's as well: one core per trial would become
     # all of them, several times as slow beside other trials, and other sums.
     if torch.get_num_threads() != threads:
@@ -51,7 +55,8 @@ def _threads(work: int) -> Iterator[None]:
     try:
         yield
     finally:
-        numba.set_num_threads(before)
+        if wanted != before:
+            numba.set_num_threads(before)
 
 
 @contextmanager

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -15,16 +13,21 @@ from ..precision import working_dtype
 from .convolution import DTYPES, numbers, serves
 from .launch import launch, scalar
 
-__all__ = ["DTYPES", "rms_norm", "serves", "swiglu"]
-_PARTS, _STRETCH = 16, 1024
+__all__ = ["DTYPES", "add_rms_norm", "rms_norm", "serves", "swiglu"]
+_PARTS = 16
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None, kind: int, dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight * m(gate) in `dtype`, the mean over the last axis; gate has as many numbers as x, and
     the result its shape (x's where there is none). `kind`: `compiled_norm.NONE`, SIGMOID or SILU."""
-    like = x if gate is None else gate
     y: Tensor = _Norm.apply(x, weight, eps, gate, kind, dtype)  # type: ignore[no-untyped-call]
-    return y.view(like.shape)
+    return y
+
+
+def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x + more in x's dtype, which is float32 or float64; its norm times weight in `dtype`)."""
+    found: tuple[Tensor, Tensor] = _AddNorm.apply(x, more, weight, eps, dtype)  # type: ignore[no-untyped-call]
+    return found
 
 
 def swiglu(both: Tensor) -> Tensor:
@@ -33,49 +36,93 @@ def swiglu(both: Tensor) -> Tensor:
     return y
 
 
-def _stretches(channels: int) -> NDArray[np.int64]:
-    """(first channel, channels) of at most `_STRETCH` channels each."""
-    return np.array([(at, min(_STRETCH, channels - at)) for at in range(0, channels, _STRETCH)], dtype=np.int64).reshape(-1, 2)
+def _forward(
+    x: Tensor, more: Tensor | None, weight: Tensor, eps: float, gate: Tensor | None, kind: int, total: Tensor | None, y: Tensor
+) -> None:
+    from .compiled_norm import forward_norm
+
+    rows, others, gates, sums, results = (_rows(tensor, x.shape[-1]) for tensor in (x, more, gate, total, y))
+    with launch("norm", (kind, *_dtypes(x, more, weight, gate, y)), 8 * x.numel()):
+        forward_norm(kind)(*numbers(rows, others, weight, gates), scalar(eps, weight.dtype), _PARTS, *numbers(sums, results))
+
+
+def _backward(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate: Tensor | None,
+    kind: int,
+    dy: Tensor,
+    before: Tensor | None = None,
+    more_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The gradients of x, more, the gate, the weight. `before` is added to that of x, which in `more_dtype` is that of more."""
+    from .compiled_norm import backward_norm
+
+    C = x.shape[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    dmore = None if more_dtype is None else torch.empty(x.shape, dtype=more_dtype)
+    dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype)
+    dw = weight.new_empty(_PARTS, C)
+    given, taken = ([_rows(tensor, C) for tensor in tensors] for tensors in ((x, gate, dy, before), (dx, dmore, dgate)))
+    with launch("norm's backward", (kind, *_dtypes(weight, *given, *taken)), 8 * x.numel()):
+        rows, gates, d, b = numbers(*given)
+        backward_norm(kind)(rows, *numbers(weight), gates, scalar(eps, weight.dtype), d, b, *numbers(*taken, dw))
+    return dx, dmore, dgate, dw.sum(0)
+
+
+def _rows(tensor: Tensor | None, width: int) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1, width)
+
+
+def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps its inputs alone. Works on rows of the gate's width, or of several heads where they lie side by side."""
+    """Keeps its inputs alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gate: Tensor | None, kind: int, dtype: torch.dtype) -> Tensor:
-        from .compiled_norm import forward_norm
-
-        unit = x.shape[-1]
-        width = unit if x.ndim < 4 else unit * x.shape[-2]
-        taken = working_dtype(x, weight)
-        rows, scale = x.reshape(-1, width), weight.to(taken).repeat(1, width // unit)
-        gates = rows.new_empty(0, width) if gate is None else gate.reshape(-1, width)
-        y = torch.empty(rows.shape, dtype=dtype)
-        with launch("norm", (x.dtype, gates.dtype, dtype), 8 * x.numel()):
-            forward_norm()(*numbers(rows, scale, gates), kind, unit, scalar(eps, taken), _PARTS, *numbers(y))
-        ctx.save_for_backward(rows, scale, gates)
-        ctx.options = unit, eps, kind, x.shape, None if gate is None else gate.shape, weight.dtype
+        y = torch.empty(x.shape if gate is None else gate.shape, dtype=dtype)
+        scale = weight.to(working_dtype(x, weight))
+        _forward(x, None, scale, eps, gate, kind, None, y)
+        ctx.save_for_backward(x, scale, gate)
+        ctx.options = eps, kind, weight.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from .compiled_norm import backward_norm
+        x, scale, gate = ctx.saved_tensors
+        eps, kind, weight_dtype = ctx.options
+        dx, _, dgate, dw = _backward(x, scale, eps, gate, kind, dy)
+        return dx, dw.to(weight_dtype), None, dgate, None, None
 
-        rows, scale, gates = ctx.saved_tensors
-        unit, eps, kind, shape, gate_shape, weight_dtype = ctx.options
-        dx, dgate = torch.empty_like(rows), torch.empty_like(gates)
-        dw = scale.new_empty(_PARTS, scale.shape[1])
-        with launch("norm's backward", (rows.dtype, gates.dtype, dy.dtype), 8 * rows.numel()):
-            backward_norm()(
-                *numbers(rows, scale, gates),
-                kind,
-                unit,
-                scalar(eps, scale.dtype),
-                *numbers(dy.reshape(rows.shape), dx, dgate, dw),
-            )
-        d_weight = dw.view(-1, unit).sum(0).to(weight_dtype)
-        return dx.view(shape), d_weight, None, None if gate_shape is None else dgate.view(gate_shape), None, None
+
+class _AddNorm(torch.autograd.Function):
+    """Keeps the sum, which is a result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, more: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        total, y = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=dtype)
+        scale = weight.to(working_dtype(x, weight))
+        _forward(x, more, scale, eps, None, 0, total, y)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, scale)
+        ctx.options = eps, weight.dtype, more.dtype
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, scale = ctx.saved_tensors
+        eps, weight_dtype, more_dtype = ctx.options
+        if dy is None:
+            return d_total, None if d_total is None else d_total.to(more_dtype), None, None, None
+        other = None if more_dtype == total.dtype else more_dtype
+        dx, dmore, _, dw = _backward(total, scale, eps, None, 0, dy, d_total, other)
+        return dx, dx if dmore is None else dmore, dw.to(weight_dtype), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -84,10 +131,10 @@ class _SwiGLU(torch.autograd.Function):
         from .compiled_norm import forward_swiglu
 
         hidden = both.shape[-1] // 2
-        rows, y = both.reshape(-1, 2 * hidden), both.new_empty(*both.shape[:-1], hidden)
-        like = torch.empty(0, dtype=working_dtype(both))
+        y = both.new_empty(*both.shape[:-1], hidden)
         with launch("SwiGLU", (both.dtype,), 8 * y.numel()):
-            forward_swiglu()(*numbers(rows, like), _stretches(hidden), _PARTS, *numbers(y.view(-1, hidden)))
+            rows, like = numbers(both.reshape(-1, 2 * hidden), torch.empty(0, dtype=working_dtype(both)))
+            forward_swiglu()(rows, like, _PARTS, *numbers(y.view(-1, hidden)))
         ctx.save_for_backward(both)
         return y
 
@@ -98,13 +145,8 @@ class _SwiGLU(torch.autograd.Function):
 
         (both,) = ctx.saved_tensors
         hidden = both.shape[-1] // 2
-        rows, d_both = both.reshape(-1, 2 * hidden), torch.empty_like(both, memory_format=torch.contiguous_format)
-        like = torch.empty(0, dtype=working_dtype(both))
+        d_both = torch.empty_like(both, memory_format=torch.contiguous_format)
         with launch("SwiGLU's backward", (both.dtype,), 8 * dy.numel()):
-            backward_swiglu()(
-                *numbers(rows, like),
-                _stretches(hidden),
-                _PARTS,
-                *numbers(dy.reshape(-1, hidden), d_both.view(rows.shape)),
-            )
+            rows, like = numbers(both.reshape(-1, 2 * hidden), torch.empty(0, dtype=working_dtype(both)))
+            backward_swiglu()(rows, like, _PARTS, *numbers(dy.reshape(-1, hidden), d_both.view(-1, 2 * hidden)))
         return d_both

@@ -7,13 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from ..precision import decay_exp_
 from .launch import arrays, launch, scalar
 
-_MULTIPLE = 16
-"""Head widths are padded with zeros to a multiple of the numbers in the longest vector."""
 _WORTH_PARTS = 1 << 22
 """Numbers worked on (state x tokens) from which a head is cut in parts for threads that would have none."""
 
@@ -22,6 +19,7 @@ def delta_rule(
     q: Tensor,
     read_key: Tensor | None,
     write_key: Tensor,
+    beta: Tensor | None,
     v: Tensor,
     log_decay: Tensor | None,
     initial_state: Tensor | None,
@@ -29,11 +27,12 @@ def delta_rule(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`reference.delta_rule` on checked inputs, computed in `dtype` (float32 or float64). o in v's dtype, the state in `dtype`.
+    Where there is a beta, the write key is beta times `write_key`, which is the read key too where there is one.
 
     Keeps for backward: its inputs, the errors [B,T,H,V] and one state [B,H,K,V] every 64 tokens, or 128 of small heads.
     """
     o, state = _TokenLoop.apply(  # type: ignore[no-untyped-call]
-        q, read_key, write_key, v, log_decay, initial_state, scale, dtype
+        q, read_key, write_key, beta, v, log_decay, initial_state, scale, dtype
     )
     return o, state
 
@@ -45,81 +44,75 @@ class _TokenLoop(torch.autograd.Function):
         q: Tensor,
         r: Tensor | None,
         w: Tensor,
+        beta: Tensor | None,
         v: Tensor,
         log_decay: Tensor | None,
         initial: Tensor | None,
         scale: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        from .compiled import block, forward_loop
+        from .compiled import block, forward_loop, padded
 
         (B, T, H, K), V = q.shape, v.shape[-1]
-        erase, keys, values = r is not None, _padded(K), _padded(V)
-        rows, read, write, value = (
-            None if x is None else _fit(x, n, dtype) for x, n in ((q, keys), (r, keys), (w, keys), (v, values))
-        )
-        assert rows is not None and write is not None and value is not None
-        decay = _decay(log_decay, keys, rows)
-        first = rows.new_zeros(B, H, keys, values)
-        if initial is not None:
-            first[..., :K, :V] = initial
+        erase, scaled, keys, values = r is not None, beta is not None, padded(K), padded(V)
+        rows, write, value = (x.to(dtype).contiguous() for x in (q, w, v))
+        read = write if r is None or scaled else r.to(dtype).contiguous()
+        factor = rows.new_empty(0, 0, 0) if beta is None else beta.to(dtype).contiguous()
+        decay, first = _decay(log_decay, rows), _state(initial, (B, H, keys, values), rows)
         keeps, parts = any(ctx.needs_input_grad), _parts(B * H, T * keys * values)
-        key = (*_variant(keys, values, erase, dtype), *([f"in {parts} parts"] if parts > 1 else []))
-        o, errors = torch.empty_like(value), torch.empty_like(value)
+        key = (*_variant(K, V, erase, scaled, dtype), *([f"in {parts} parts"] if parts > 1 else []))
+        o, errors, final = torch.empty_like(value), value.new_empty(B, T, H, values), torch.empty_like(first)
         kept = rows.new_empty(B, H, -(-T // block(keys, values)) if keeps else 0, keys, values)
-        final = torch.empty_like(first)
         if T:
             with launch("token loop", key, B * H * T * keys * values):
-                loop = forward_loop(keys, values, erase, parts)
-                loop(
-                    *arrays(rows, rows if read is None else read, write, value, decay, first),
+                forward_loop((K, V), erase, scaled, parts)(
+                    *arrays(rows, read, write, factor, value, decay, first),
                     scalar(scale, dtype),
                     *arrays(o, errors, kept, final),
                 )
         else:
             final.copy_(first)
         if keeps:
-            ctx.save_for_backward(rows, read, write, decay, errors, kept)
-            ctx.scale, ctx.widths = scale, (K, V)
-            ctx.inputs = tuple(None if x is None else (x.dtype, x.shape) for x in (q, r, w, v, log_decay, initial))
+            ctx.save_for_backward(rows, read, write, factor, decay, errors, kept)
+            ctx.scale, ctx.erase, ctx.scaled = scale, erase, scaled
+            ctx.inputs = tuple(None if x is None else (x.dtype, x.shape) for x in (q, r, w, beta, v, log_decay, initial))
         ctx.set_materialize_grads(False)
-        return o[..., :V].to(v.dtype), final[..., :K, :V].contiguous()
+        return o.to(v.dtype), final[..., :K, :V].contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         from .compiled import backward_loop
 
-        rows, read, write, decay, errors, kept = ctx.saved_tensors
-        (B, T, H, keys), values, dtype = rows.shape, errors.shape[-1], rows.dtype
-        (K, V), key = ctx.widths, _variant(keys, values, read is not None, dtype)
-        upstream = torch.zeros_like(errors) if d_o is None else _fit(d_o, values, dtype)
-        leaving = rows.new_zeros(B, H, keys, values)
-        if d_final is not None:
-            leaving[..., :K, :V] = d_final
-        dq, dw, dv, d_log = (torch.empty_like(x) for x in (rows, write, errors, decay))
-        dr = torch.empty_like(rows) if read is not None else dq.new_empty(1, 1, 1, 1)
+        rows, read, write, factor, decay, errors, kept = ctx.saved_tensors
+        (B, T, H, K), (keys, values), V, dtype = rows.shape, kept.shape[-2:], ctx.inputs[4][1][-1], rows.dtype
+        erase, scaled = ctx.erase, ctx.scaled
+        upstream = errors.new_zeros(B, T, H, V) if d_o is None else d_o.to(dtype).contiguous()
+        leaving = _state(d_final, (B, H, keys, values), rows)
+        dq, dw, d_beta, dv, d_log = (torch.empty_like(x) for x in (rows, write, factor, upstream, decay))
+        dr = torch.empty_like(read) if erase and not scaled else dw
         d_initial = torch.empty_like(leaving)
         if T:
-            with launch("token loop's backward", key, B * H * T * keys * values):
-                loop = backward_loop(keys, values, read is not None)
-                loop(
-                    *arrays(rows, rows if read is None else read, write, decay, errors, kept, upstream, leaving),
+            with launch("token loop's backward", _variant(K, V, erase, scaled, dtype), B * H * T * keys * values):
+                backward_loop((K, V), erase, scaled)(
+                    *arrays(rows, read, write, factor, decay, errors, kept, upstream, leaving),
                     scalar(ctx.scale, dtype),
-                    *arrays(dq, dr, dw, dv, d_log, d_initial),
+                    *arrays(dq, dr, dw, d_beta, dv, d_log, d_initial),
                 )
         else:
             d_initial.copy_(leaving)
-        given = (dq, None if read is None else dr, dw, dv, d_log, d_initial[..., :K, :V])
-        gradients = []
-        for found, was in zip(given, ctx.inputs, strict=True):
-            gradients.append(None if found is None or was is None else _like(found, *was))
+        # Of the key that reads and writes, the one gradient goes to where it was given.
+        found = (dq, None if scaled else dr, dw, d_beta, dv, d_log, d_initial[..., :K, :V])
+        gradients = (
+            None if x is None or was is None else x.to(was[0]).view(was[1]) for x, was in zip(found, ctx.inputs, strict=True)
+        )
         return (*gradients, None, None)
 
 
-def _variant(K: int, V: int, erase: bool, dtype: torch.dtype) -> tuple[str, ...]:
+def _variant(K: int, V: int, erase: bool, scaled: bool, dtype: torch.dtype) -> tuple[str, ...]:
     """What a loop is compiled for, in words."""
-    return f"heads of {K} x {V}", "delta rule" if erase else "no erase", str(dtype).removeprefix("torch.")
+    rule = ("delta rule" if erase else "no erase") + (" with beta" if scaled else "")
+    return f"heads of {K} x {V}", rule, str(dtype).removeprefix("torch.")
 
 
 def _parts(heads: int, work: int) -> int:
@@ -130,24 +123,17 @@ def _parts(heads: int, work: int) -> int:
     return wanted
 
 
-def _padded(width: int) -> int:
-    return -(-width // _MULTIPLE) * _MULTIPLE
+def _state(given: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A state of `shape`, zeros beside what is given: a padded channel neither reads nor writes."""
+    state = like.new_zeros(shape)
+    if given is not None:
+        state[..., : given.shape[-2], : given.shape[-1]] = given
+    return state
 
 
-def _fit(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype`, its last axis padded with zeros to `width`, contiguous: a padded channel neither reads nor writes."""
-    x = x.to(dtype)
-    return (pad(x, (0, width - x.shape[-1])) if x.shape[-1] != width else x).contiguous()
-
-
-def _like(found: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """A gradient as its input was: without padding, in its dtype; one number per head where the input had one."""
-    return found[..., : shape[-1]].to(dtype) if found.ndim == len(shape) else found[..., 0].to(dtype)
-
-
-def _decay(log_decay: Tensor | None, keys: int, like: Tensor) -> Tensor:
-    """exp(log_decay) as [B,T,H,G]: G = 0 for none, 1 for one number per head, else the (padded) key width."""
+def _decay(log_decay: Tensor | None, like: Tensor) -> Tensor:
+    """exp(log_decay) as [B,T,H,G]: G = 0 for none, 1 for one number per head, else the key width."""
     if log_decay is None:
         return like.new_empty(*like.shape[:3], 0)
     decay = decay_exp_(log_decay.to(like.dtype, copy=True))
-    return decay.unsqueeze(-1).contiguous() if decay.ndim == 3 else _fit(decay, keys, like.dtype)
+    return (decay.unsqueeze(-1) if decay.ndim == 3 else decay).contiguous()

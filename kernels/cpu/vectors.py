@@ -34,7 +34,7 @@ def vector_code(body: Callable[..., None], dtype: Any, *given: Any) -> tuple[Any
     """What an `@intrinsic(prefer_literal=True)` with arguments of types `given` returns: a call of it writes `body` there.
 
     The body receives a `Code` for numbers of `dtype`, then for every argument a Python int where it is a constant, a pointer to
-    the first number where it is an array, else its value.
+    the first number where it is an array, None where it is None, else its value.
     """
 
     def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
@@ -42,6 +42,8 @@ def vector_code(body: Callable[..., None], dtype: Any, *given: Any) -> tuple[Any
         for kind, argument in zip(given, arguments, strict=True):
             if isinstance(kind, types.Literal):
                 values.append(int(kind.literal_value))
+            elif isinstance(kind, types.NoneType):
+                values.append(None)
             elif isinstance(kind, types.Array):
                 values.append(context.make_array(kind)(context, builder, argument).data)
             else:
@@ -93,6 +95,44 @@ class Code:
     def store(self, x: Value, pointer: Value, at: int | Value = 0) -> None:
         place = self.builder.bitcast(self.at(pointer, at), x.type.as_pointer())
         self.builder.store(x, place, align=self.size)
+
+    def left(self, width: int, padded: int, at: Value) -> Value | None:
+        """What `part` is told of rows from their number `at` on, `width` long where `padded` is worked with."""
+        return None if width == padded else self.builder.sub(self.index(width), self.index(at))
+
+    def part(self, pointer: Value, at: Value, width: int | Value | None) -> Value:
+        """`load` of a row that ends after `width` numbers (None: that is as long as needed); beyond it, zeros."""
+        if width is None:
+            return self.load(pointer, at)
+        place = self.builder.bitcast(self.at(pointer, at), self.vector.as_pointer())
+        kind = ir.FunctionType(self.vector, [place.type, ir.IntType(32), self._mask, self.vector])
+        arguments = [place, ir.IntType(32)(self.size), self._inside(at, width), self.constant(0)]
+        return self.builder.call(self._masked("load", kind), arguments)
+
+    def store_part(self, x: Value, pointer: Value, at: Value, width: int | Value | None) -> None:
+        """`store` into a row that ends after `width` numbers."""
+        if width is None:
+            self.store(x, pointer, at)
+            return
+        place = self.builder.bitcast(self.at(pointer, at), self.vector.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [self.vector, place.type, ir.IntType(32), self._mask])
+        self.builder.call(self._masked("store", kind), [x, place, ir.IntType(32)(self.size), self._inside(at, width)])
+
+    @property
+    def _mask(self) -> Any:
+        return ir.VectorType(ir.IntType(1), self.lanes)
+
+    def _masked(self, what: str, kind: Any) -> Any:
+        name = f"llvm.masked.{what}.v{self.lanes}f{8 * self.size}.p0"
+        return cgutils.get_or_insert_function(self.builder.module, kind, name)  # type: ignore[no-untyped-call]
+
+    def _inside(self, at: Value, width: int | Value) -> Value:
+        """Which of the lanes from `at` on lie below `width`."""
+        lanes = ir.VectorType(_INDEX, self.lanes)
+        left = self.builder.sub(self.index(width), self.index(at))
+        one = self.builder.insert_element(ir.Constant(lanes, ir.Undefined), left, ir.Constant(ir.IntType(32), 0))
+        count = self._shuffle(one, one, [0] * self.lanes)
+        return self.builder.icmp_signed("<", ir.Constant(lanes, list(range(self.lanes))), count)
 
     def fetch(self, pointer: Value, start: Value, stride: Value, tokens: range, at: Value, write: bool = False) -> None:
         """Sends for the cache lines, `at` numbers into rows `stride` apart, that will be read or written: over the ends as well,

@@ -36,10 +36,12 @@ def inputs(T: int, K: int, V: int, gate: str, initial: bool, dtype: torch.dtype)
     return [None if x is None else x.to(dtype).requires_grad_() for x in (q, r, w, v, log_decay, state)]
 
 
-def run(tensors: list[Tensor | None], erase: bool, backend: str) -> list[Tensor | None]:
-    """Output, final state, and the gradient of each input."""
+def run(tensors: list[Tensor | None], erase: bool, backend: str, by_beta: bool = False) -> list[Tensor | None]:
+    """Output, final state, and the gradient of each input; a beta stands in the write key's place where `by_beta`."""
     leaves = [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
-    o, state = delta_rule(*leaves, erase=erase, backend=backend)
+    q, r, w, *others = leaves
+    beta, write_key = (w, None) if by_beta else (None, w)
+    o, state = delta_rule(q, r, write_key, *others, erase=erase, backend=backend, beta=beta)
     generator = torch.Generator().manual_seed(7)
     loss = (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)).sum()
     loss = loss + (state * torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state)).sum()
@@ -70,6 +72,17 @@ def test_widths_that_are_no_multiple_of_anything_in_float32(gate: str) -> None:
     agree(run(tensors, True, "cpu"), run(exact, True, "reference"), 2e-6)
 
 
+@pytest.mark.parametrize("erase", [True, False])
+@pytest.mark.parametrize("widths", [(16, 16), (19, 17)])
+def test_a_beta_in_the_place_of_the_write_key(widths: tuple[int, int], erase: bool) -> None:
+    """The loop scales the key itself; its gradient and beta's are the definition's, which writes beta k out."""
+    for gate, T in itertools.product(GATES, (5, 130)):
+        tensors = inputs(T, *widths, gate, True, torch.float64)
+        beta = torch.rand(B, T, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        tensors[2] = beta
+        agree(run(tensors, erase, "cpu", by_beta=True), run(tensors, erase, "reference", by_beta=True), 1e-12)
+
+
 def test_a_state_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a state beyond the cache some columns at a time; the gradients of q, r, w and the decays are sums over the parts."""
     from deltalab.kernels.cpu import compiled
@@ -81,6 +94,8 @@ def test_a_state_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         for gate in GATES:
             tensors = inputs(70, 16, 48, gate, True, torch.float64)
             agree(run(tensors, True, "cpu"), run(tensors, True, "reference"), 1e-12)
+        tensors[2] = tensors[2][..., 0].abs()  # type: ignore[index]
+        agree(run(tensors, True, "cpu", by_beta=True), run(tensors, True, "reference", by_beta=True), 1e-12)
     finally:
         for loop in (compiled.forward_loop, compiled.backward_loop):
             loop.cache_clear()
@@ -237,7 +252,7 @@ def test_the_loops_are_kept_on_disk(tmp_path: Path) -> None:
         "import torch, sys; from deltalab.kernels import delta_rule; from deltalab.kernels.cpu import compiled\n"
         "if sys.argv[1:]: compiled._sources = lambda: 1\n"
         "x = torch.ones(1, 3, 1, 16); delta_rule(x, x, x, x, backend='cpu')\n"
-        "print(sum(compiled.forward_loop(16, 16, True, 1).stats.cache_hits.values()))"
+        "print(sum(compiled.forward_loop((16, 16), True, False, 1).stats.cache_hits.values()))"
     )
     environment: dict[str, Any] = {"NUMBA_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     hits = [
