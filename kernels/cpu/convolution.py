@@ -52,16 +52,16 @@ def convolve_backward(
     padded: Tensor, weight: Tensor, gradients: Sequence[Tensor], units: Sequence[int], silu: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(gradient of padded, gradient of weight) from those of the outputs."""
-    from .compiled_conv import backward_conv
+    from .compiled_conv_backward import backward_conv
 
     d_padded = torch.empty_like(padded, memory_format=torch.contiguous_format)
     d_weight = weight.new_empty(_PARTS, *weight.shape)
     sizes = tuple(gradient.shape[-1] for gradient in gradients)
-    with launch("convolution's backward", (padded.dtype, len(sizes)), padded.numel()):
-        backward_conv()(
+    W = len(weight)
+    with launch("convolution's backward", (padded.dtype, len(sizes), W, silu), padded.numel()):
+        backward_conv(W, silu)(
             *numbers(padded, weight),
             *stretches_of(sizes, tuple(units)),
-            silu,
             scalar(eps, weight.dtype),
             numbers(*gradients),
             *numbers(d_padded, d_weight),
