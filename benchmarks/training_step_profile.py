@@ -39,6 +39,7 @@ _OF_MODULE: tuple[tuple[type[nn.Module], str], ...] = (
 _OF_FUNCTION = {
     "deltalab.recurrences.mixer.delta_rule": RECURRENCE,
     "deltalab.recurrences.mixer.l2_normalise": NORMS,
+    "deltalab.recurrences.layers.normalise.add_rms_norm": NORMS,
     "deltalab.recurrences.layers.convolved_heads": CONVOLUTION,
     "deltalab.recurrences.language_model.linear_cross_entropy": LOSS,
     "torch.nn.utils.clip_grad_norm_": CLIPPING,

@@ -50,15 +50,19 @@ class ModelBlock(nn.Module):
         self.mlp_norm = RMSNorm(width) if mlp_hidden else None
         self.mlp = SwiGLU(width, mlp_hidden) if mlp_hidden else None
 
-    def forward(self, x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
+    def forward(
+        self, x: Tensor, more: Tensor | None, state: MixerState | None
+    ) -> tuple[Tensor, Tensor | None, MixerState | None]:
+        """x and `more`, which is still to be added to it: a sum is taken together with the norm after it, in one pass."""
+        x, normalised = self.mixer_norm.of_sum(x, more)
         if state is None:
-            x = x + self.mixer(self.mixer_norm(x))
+            more = self.mixer(normalised)
         else:
-            y, state = self.mixer(self.mixer_norm(x), state=state)
-            x = x + y
+            more, state = self.mixer(normalised, state=state)
         if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self.mlp(self.mlp_norm(x))
-        return x, state
+            x, normalised = self.mlp_norm.of_sum(x, more)
+            more = self.mlp(normalised)
+        return x, more, state
 
 
 def _pattern(spec: MixerSpec | Sequence[MixerSpec]) -> list[LayerSpec]:
@@ -157,13 +161,13 @@ class LanguageModel(nn.Module):
         if starts is not None:
             assert state is None, "documents begin with an empty state"
             return read_by_document(lambda rows: self.hidden(rows)[0], tokens, starts), []
-        x = self.embedding(tokens)
+        x, more = self.embedding(tokens), None
         new: LanguageModelState = []
         for i, block in enumerate(self.blocks):
-            x, carried = block(x, None if state is None else state[i])
+            x, more, carried = block(x, more, None if state is None else state[i])
             if carried is not None:
                 new.append(carried)
-        return self.norm(x), new
+        return self.norm.of_sum(x, more)[1], new
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [...,D] -> logits [...,N]."""

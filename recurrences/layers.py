@@ -60,6 +60,12 @@ class RMSNorm(nn.Module):
         """[...,C] as x is; or, of heads [...,H,C] with a gate [...,H C], y * activation(gate) [...,H C]."""
         return normalise.rms_norm(x, self.weight, self.eps, gate, activation, _product_dtype(x))
 
+    def of_sum(self, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + more, its norm), in one pass where the kernels have one; (x, its norm) without more."""
+        if more is None:
+            return x, self(x)
+        return normalise.add_rms_norm(x, more, self.weight, self.eps, _product_dtype(x))
+
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """In which precision a product of `x` is taken."""
