@@ -1,7 +1,7 @@
 """The token loops, compiled by Numba for one pair of head widths: what runs over blocks and groups of tokens is Python, what
 works on a group is vector code (`group_forward`, `group_backward`, where the equations are).
 
-B batch, T time, H heads, K key width, V value width, both multiples of LANES; N blocks of BLOCK tokens. Arrays are C-contiguous
+B batch, T time, H heads, K key width, V value width, both as `padded` has them; N blocks of BLOCK tokens. Arrays are C-contiguous
 [B,T,H,.], the decay [B,T,H,G] with G = 0 (none), 1 (one per head) or K (one per key channel) holds exp(log_decay). Rows of q, r,
 w, v, o, their gradients and the decay are as wide as the head, all else is padded. `scaled`: the write key is beta w, and r is w.
 
@@ -11,6 +11,7 @@ All that a head works on lies in one array, `work`, that begins at a cache line 
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +32,11 @@ FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 Compiled = Callable[..., None]
 
 
-def padded(width: int) -> int:
-    """Head widths are padded with zeros to a multiple of the numbers in the longest vector."""
-    return -(-width // LANES) * LANES
+def padded(K: int, V: int) -> tuple[int, int]:
+    """Head widths are padded with zeros to multiples of the numbers in the longest vector, or of half as many where that would
+    be much of the head."""
+    step = LANES // 2 if max(K, V) <= 3 * LANES // 2 else LANES
+    return -(-K // step) * step, -(-V // step) * step
 
 
 def block(K: int, V: int) -> int:
@@ -43,10 +46,11 @@ def block(K: int, V: int) -> int:
 
 
 def _part(K: int, V: int, parts: int = 1) -> int:
-    """Columns that are worked on together: the largest divisor of V that is a multiple of LANES, fits, and leaves `parts` parts
+    """Columns that are worked on together: the largest divisor of V that is made of whole vectors, fits, and leaves `parts` parts
     where there are that many."""
-    fitting = [n for n in range(LANES, V + 1, LANES) if V % n == 0 and n * K <= _CACHE and n * parts <= V]
-    return max(fitting, default=LANES)
+    vector = math.gcd(LANES, V)
+    fitting = [n for n in range(vector, V + 1, vector) if V % n == 0 and n * K <= _CACHE and n * parts <= V]
+    return max(fitting, default=vector)
 
 
 @functools.cache
@@ -77,7 +81,7 @@ def forward_loop(widths: tuple[int, int], erase: bool, scaled: bool, least_parts
     Columns of the state do not meet, so that what is worked on in parallel is (b, h, part of P columns); `least_parts` for where
     there are fewer heads than threads. The parts change nothing in the result.
     """
-    (keys, values), (K, V) = widths, map(padded, widths)
+    (keys, values), (K, V) = widths, padded(*widths)
     P, BLOCK, erases, scales, sources = _part(K, V, least_parts), block(K, V), int(erase), int(scaled), _sources()
     parts, place = V // P, Work(K, P, 1)
     STATE, SIZE = place.states, place.size
@@ -119,7 +123,7 @@ def backward_loop(widths: tuple[int, int], erase: bool, scaled: bool) -> Compile
     Block after block from the last one: the states before its groups once more, forwards, then the groups backwards. Where the
     state is taken in parts, dq, dr, dw and d log a are sums over them.
     """
-    (keys, values), (K, V) = widths, map(padded, widths)
+    (keys, values), (K, V) = widths, padded(*widths)
     P, BLOCK, erases, scales, sources = _part(K, V), block(K, V), int(erase), int(scaled), _sources()
     GROUPS, ROWS = BLOCK // TOKENS, Prepared(K).size
     place = Work(K, P, GROUPS)

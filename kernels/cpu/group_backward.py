@@ -30,6 +30,7 @@ def turn(typing: Any, work: Any, kept: Any, at: Any, to: Any, K: Any, V: Any, P:
 
 
 def _turn(code: Code, work: Value, kept: Value, at: Value, to: int, K: int, V: int, P: int) -> None:
+    code = code.fitting(K, P)
     here, lanes = code.at(work, to), code.lanes
 
     def rows(k: Value, _: list[Value]) -> Sequence[Value]:
@@ -57,6 +58,7 @@ def _replay(
     code: Code, work: Value, e: Value, row: Value, heads: Value, column: Value, count: Value, group: Value, K: int,
     V: int, P: int, groups: int,
 ) -> None:  # fmt: skip
+    code = code.fitting(K, P)
     place, parts = Prepared(K), Work(K, P, groups)
     here, before = code.at(work, code.times(group, place.size)), code.at(work, parts.states, code.times(group, K * P))
     after = code.at(before, K * P)
@@ -101,6 +103,7 @@ def _pull(
     code: Code, work: Value, e: Value, d_o: Value, dv: Value, scale: Value, row: Value, heads: Value, column: Value,
     count: Value, group: Value, K: int, V: int, P: int, groups: int, erase: int, values: int,
 ) -> None:  # fmt: skip
+    code = code.fitting(K, P)
     place, parts, tokens, lanes = Prepared(K), Work(K, P, groups), range(TOKENS), code.lanes
     here, out = code.at(work, code.times(group, place.size)), code.at(work, parts.columns)
     _products(code, here, code.at(work, parts.adjoint), out, K, P)
@@ -171,6 +174,7 @@ def _push(
     code: Code, work: Value, q: Value, r: Value, w: Value, beta: Value, dq: Value, dr: Value, dw: Value, row: Value,
     heads: Value, count: Value, group: Value, further: Value, K: int, P: int, groups: int, erase: int, scaled: int, keys: int,
 ) -> None:  # fmt: skip
+    code = code.fitting(K, P)
     parts, width = Work(K, P, groups), None if keys == K else keys
     first, stride, none = code.times(row, keys), code.times(heads, keys), code.at(work, parts.zeros)
     inputs = [code.rows(x, first, stride, TOKENS, count, none) for x in (q, r, w)]

@@ -27,7 +27,7 @@ TOKENS = 4
 PAIRS = TOKENS * TOKENS
 """The numbers M_ij (j < i) and N_ij (j <= i) of a group."""
 LANES = 16
-"""Numbers in the longest vector of any machine: head widths are multiples of it."""
+"""Numbers in the longest vector of any machine."""
 
 
 class Prepared:
@@ -101,6 +101,7 @@ def _prepare(
     code: Code, work: Value, q: Value, r: Value, w: Value, beta: Value, row: Value, heads: Value, count: Value, group: Value,
     K: int, P: int, groups: int, erase: int, scaled: int, keys: int,
 ) -> None:  # fmt: skip
+    code = code.fitting(K, P)
     place, tokens, width = Prepared(K), range(TOKENS), None if keys == K else keys
     here = code.at(work, code.times(group, place.size))
     first, stride, none = code.times(row, keys), code.times(heads, keys), code.at(work, Work(K, P, groups).zeros)
@@ -151,6 +152,7 @@ def _step(
     code: Code, work: Value, v: Value, e: Value, o: Value, scale: Value, row: Value, heads: Value, column: Value, count: Value,
     K: int, V: int, P: int, erase: int, values: int,
 ) -> None:  # fmt: skip
+    code = code.fitting(K, P)
     parts, width = Work(K, P, 1), code.left(values, V, column)
     none, scrap = code.at(work, parts.zeros), code.at(work, parts.scrap)
     first, stride = code.sum(code.times(row, values), column), code.times(heads, values)

@@ -54,7 +54,7 @@ class _TokenLoop(torch.autograd.Function):
         from .compiled import block, forward_loop, padded
 
         (B, T, H, K), V = q.shape, v.shape[-1]
-        erase, scaled, keys, values = r is not None, beta is not None, padded(K), padded(V)
+        erase, scaled, (keys, values) = r is not None, beta is not None, padded(K, V)
         rows, write, value = (x.to(dtype).contiguous() for x in (q, w, v))
         read = write if r is None or scaled else r.to(dtype).contiguous()
         factor = rows.new_empty(0, 0, 0) if beta is None else beta.to(dtype).contiguous()

@@ -8,6 +8,7 @@ register is then no guess of the compiler's, and the bits are the same in every 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,12 +59,16 @@ def vector_code(body: Callable[..., None], dtype: Any, *given: Any) -> tuple[Any
 class Code:
     """Writes instructions at the place where `builder` stands. Offsets count numbers, and are Python ints or values."""
 
-    def __init__(self, builder: Any, number: Any, size: int) -> None:
+    def __init__(self, builder: Any, number: Any, size: int, lanes: int | None = None) -> None:
         self.builder, self.number, self.size = builder, number, size
         width, self.registers = registers()
-        self.lanes = max(width // size, 4)
+        self.lanes = lanes or max(width // size, 4)
         """Numbers in a vector."""
         self.vector = ir.VectorType(number, self.lanes)
+
+    def fitting(self, *widths: int) -> Code:
+        """With the longest vectors of which rows of all these widths are whole numbers."""
+        return Code(self.builder, self.number, self.size, math.gcd(self.lanes, *widths))
 
     def index(self, x: int | Value) -> Value:
         return ir.Constant(_INDEX, x) if isinstance(x, int) else x

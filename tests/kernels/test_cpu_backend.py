@@ -65,9 +65,11 @@ def test_it_is_the_definition_in_float64(gate: str, erase: bool) -> None:
         agree(run(tensors, erase, "cpu"), run(tensors, erase, "reference"), 1e-12)
 
 
+@pytest.mark.parametrize("widths", [(19, 17), (36, 20)])
 @pytest.mark.parametrize("gate", GATES)
-def test_widths_that_are_no_multiple_of_anything_in_float32(gate: str) -> None:
-    tensors = inputs(70, 19, 17, gate, True, torch.float32)
+def test_widths_that_are_no_multiple_of_anything_in_float32(gate: str, widths: tuple[int, int]) -> None:
+    """Worked on in short vectors, and in long ones."""
+    tensors = inputs(70, *widths, gate, True, torch.float32)
     exact = [None if x is None else x.detach().double() for x in tensors]
     agree(run(tensors, True, "cpu"), run(exact, True, "reference"), 2e-6)
 
