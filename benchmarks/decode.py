@@ -1,10 +1,12 @@
 """One decoded token on a CPU: a model's step beside the same model through the chunk form, and one Gated DeltaNet layer beside
-transformers' (Qwen3-Next: its recurrent step in plain PyTorch, its cache). Prints the tables of cpu-decode.md.
+transformers' (Qwen3-Next: its recurrent step in plain PyTorch, its cache). Prints the tables of cpu-decode.md. Speed alone:
+tests/recurrences/test_decode_compiled.py says that a decoded token is the right one.
 
     python benchmarks/decode.py --threads 1 2 --batch 1 16
 
 Every contender takes ten tokens a round, one after the other as in decoding, each carrying its own state on; then the next one.
-Medians over the rounds. `chunk`: the chunk form of one token, as every layer would decode without a path of its own.
+Medians over the rounds. `chunk`: the chunk form of one token, as every layer would decode without a path of its own. `products`:
+torch's products with all projections and the head alone, which the chunk form takes as well.
 """
 
 from __future__ import annotations
@@ -13,18 +15,20 @@ import argparse
 import inspect
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltalab import Mixer, registry
 from deltalab.kernels import chunked
 from deltalab.recurrences import LanguageModel, mixer
+from deltalab.recurrences.layers import Projection
 
-CARDS = ("deltanet", "gdn", "kda", "pgdn", "osdn", "kla")
+CARDS = ("deltanet", "gdn", "kda", "pgdn", "osdn", "kla", "comba", "mamba2")
 WIDTH, HEADS, LAYERS, VOCAB, PROMPT, TOKENS = 256, 4, 2, 256, 64, 10
 Step = Callable[[], object]
 
@@ -32,40 +36,57 @@ Step = Callable[[], object]
 def chunk_form(
     q: Tensor,
     read_key: Tensor | None,
-    write_key: Tensor,
+    write_key: Tensor | None,
     v: Tensor,
     log_decay: Tensor | None,
     *,
     initial_state: Tensor,
+    beta: Tensor | None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """`delta_rule` by the chunk form, whatever the length."""
     key = read_key if rest["erase"] else None
+    if write_key is None:
+        assert beta is not None and read_key is not None, "a write key, or the step to make it with"
+        write_key = beta.unsqueeze(-1) * read_key
     return chunked.delta_rule(q, key, write_key, v, log_decay, initial_state, q.shape[-1] ** -0.5, 64, initial_state.dtype)
+
+
+def stepping(model: LanguageModel, tokens: Tensor) -> Step:
+    """One token after the other, after a prompt."""
+    batch = len(tokens)
+    _, state = model(torch.randint(VOCAB, (batch, PROMPT)), state=model.initial_state(batch))
+
+    def one() -> None:
+        nonlocal state
+        _, state = model(tokens, state=state)
+
+    return one
 
 
 def model_steps(card: str, batch: int) -> dict[str, Step]:
     tokens = torch.randint(VOCAB, (batch, 1))
 
-    def step(backend: str) -> Step:
-        model = LanguageModel(
+    def model(backend: str) -> LanguageModel:
+        return LanguageModel(
             registry.load(card), vocab=VOCAB, width=WIDTH, layers=LAYERS, heads=HEADS, backend=backend, seed=0
         ).eval()
-        _, state = model(torch.randint(VOCAB, (batch, PROMPT)), state=model.initial_state(batch))
 
-        def one() -> None:
-            nonlocal state
-            _, state = model(tokens, state=state)
-
-        return one
-
-    chunk = step("torch")
+    chunk = model("torch")
+    one = stepping(chunk, tokens)
 
     def through_chunks() -> None:
         with mock.patch.object(mixer, "delta_rule", chunk_form):
-            chunk()
+            one()
 
-    return {"deltalab": step("auto"), "chunk": through_chunks}
+    weights = [module.weight for layer in chunk.mixers() for module in layer.modules() if isinstance(module, Projection)]
+    inputs = [torch.randn(batch, 1, weight.shape[1]) for weight in (*weights, chunk.embedding.weight)]
+
+    def products() -> None:
+        for x, weight in zip(inputs, (*weights, chunk.embedding.weight), strict=True):
+            F.linear(x, weight)
+
+    return {"deltalab": stepping(model("auto"), tokens), "chunk": through_chunks, "products": products}
 
 
 def layer_steps(batch: int) -> dict[str, Step]:
@@ -117,13 +138,16 @@ def rounds(steps: dict[str, Step], repeats: int) -> dict[str, tuple[float, float
     return found
 
 
-def table(title: str, peer: str, cases: dict[tuple[object, ...], dict[str, Step]], repeats: int) -> None:
-    print(f"\n| {title} | deltalab us | spread | {peer} us | spread | ratio |\n|---|---:|---:|---:|---:|---:|", flush=True)
+def table(title: str, peers: Sequence[str], cases: dict[tuple[object, ...], dict[str, Step]], repeats: int) -> None:
+    """Medians of us and of its `peers`, their spreads, and how many times our time the first peer takes."""
+    names = ("deltalab", *peers)
+    heads = " | ".join(f"{name} us | spread" for name in names)
+    print(f"\n| {title} | {heads} | ratio |\n|---|{'---:|' * (2 * len(names) + 1)}", flush=True)
     for case, steps in cases.items():
         found = rounds(steps, repeats)
-        (ours, spread), (theirs, other) = found["deltalab"], found[peer]
-        name = ", ".join(map(str, case))
-        print(f"| {name} | {ours:.0f} | {spread:.0%} | {theirs:.0f} | {other:.0%} | {theirs / ours:.1f} |", flush=True)
+        cells = " | ".join(f"{found[name][0]:.0f} | {found[name][1]:.0%}" for name in names)
+        ratio = found[peers[0]][0] / found["deltalab"][0]
+        print(f"| {', '.join(map(str, case))} | {cells} | {ratio:.1f} |", flush=True)
 
 
 @torch.inference_mode()
@@ -138,10 +162,9 @@ def main() -> None:
         torch.set_num_threads(threads)
         print(f"\n{threads} thread{'s' * (threads > 1)}")
         models = {(card, f"batch {batch}"): model_steps(card, batch) for card in options.cards for batch in options.batch}
-        table("model", "chunk", models, options.repeats)
-        table(
-            "layer", "transformers", {("gdn", f"batch {batch}"): layer_steps(batch) for batch in options.batch}, options.repeats
-        )
+        table("model", ("chunk", "products"), models, options.repeats)
+        layers = {("gdn", f"batch {batch}"): layer_steps(batch) for batch in options.batch}
+        table("layer", ("transformers",), layers, options.repeats)
 
 
 if __name__ == "__main__":

@@ -1,121 +1,39 @@
 """Decoding on a CPU: one token of every sequence, without gradients, in as few calls as it takes.
 
-B batch, H heads, K key width, V value width, D model width, C = 2 H K + H V channels, W taps of the short convolution.
+B batch, H heads, G heads of q and k, K key width, V value width, D model width, C = 2 G K + H V channels, W taps of the short
+convolution.
 
 A token's arithmetic takes a fraction of the time of the tensor operations that it is written in: what counts is their number. So
-all of a layer between its projections is one compiled call, `token`, for the laws and preconditioners of most cards; for other
-components, the recurrence and the norm of its output are one, `step`. Both leave what they are given unchanged. With gradients,
-and elsewhere, the kernels for whole sequences compute the same.
+all of a layer is one compiled call, `Token`, with the norms, the residual and the MLP of its block or without, for the components
+of most cards; for others, the recurrence and the norm of its output are one, `step`. Both leave what they are given unchanged.
+With gradients, and elsewhere, the kernels for whole sequences compute the same.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .cpu.decode_layer import NOTHING, Around, Layer, Weights
 from .cpu.launch import launch
 from .precision import lowest_exponent
 
 SMALLEST = 16
 """Head width from which the loops are worth compiling, as those for whole sequences are."""
+_MOVING = 8
+"""Addresses of what is another at every token; they come first."""
 _WORTH_A_THREAD = 1 << 17
 """Numbers of all states together from which a second thread pays."""
-_LAWS = ("", "softplus", "bounded", "sigmoid", "log_sigmoid")
-_MULTIPLIERS = ("", "diagonal", "hypergradient")
-_SIDES = {"write": 1, "query": 2, "both": 3}
+FEW = 32
+"""Sequences up to which `Token` takes a layer's products as well as torch does."""
+_ROWS = 16
+"""Sequences that share one pass over a matrix: their inputs stay in the first-level cache."""
 _ready: set[tuple[str, torch.dtype]] = set()
-
-
-class Law(NamedTuple):
-    """How a component's number y follows from its projection z [B,1,R], with R = H, or H K (`per_channel`: one per key channel):
-
-    softplus     y = -exp(A_log) softplus(z + bias)          A_log [H], at most 64
-    bounded      y = low sigmoid(exp(A_log) (z + bias))
-    sigmoid      y = low + (high - low) sigmoid(z + bias)
-    log_sigmoid  y = log sigmoid(z + bias) / high
-    """
-
-    kind: Literal["softplus", "bounded", "sigmoid", "log_sigmoid"]
-    low: float = 0.0
-    high: float = 1.0
-    per_channel: bool = False
-
-
-class Terms(NamedTuple):
-    """A law's tensors: z itself, or the `weight` [R,D] of z = W x; bias [R] (None: 0) and A_log [H], where the law has one."""
-
-    z: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    A_log: Tensor | None = None
-
-
-class Multiplier(NamedTuple):
-    """A preconditioner that multiplies: m on the write key, the query, or both, from a statistic A [B,H,K].
-
-        diagonal        A' = gamma A + gain k^2    m = exp(-log_x s(log(A' + 1e-6) - centre)),  s(r) = r / (1 + |r|), centre [H]
-        hypergradient   m = A    A' = clip(gamma A + eta gain b (1 - b <A, k^2>) k^2, box)       b = beta if `aware`, else 1
-
-    gamma = exp(y) by the law `forget`, 1 without it; gain by its law, 1 without it.
-    """
-
-    kind: Literal["diagonal", "hypergradient"]
-    side: str = "write"
-    forget: Law | None = None
-    gain: Law | None = None
-    log_x: float = 0.0
-    eta: float = 0.0
-    aware: bool = False
-    box: tuple[float, float] = (-float("inf"), float("inf"))
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """What of a layer's tokens does not change.
-
-    gate: the law of log a (None: a = 1). step_size: that of beta (None: 1). erase False: e = v. eps_q, eps_k: what is added to
-    |q|^2 and |k|^2 before q and k are divided by their norms (None: they are not); eps: to the mean square of the output.
-    """
-
-    heads: int
-    key: int
-    value: int
-    gate: Law | None = None
-    step_size: Law | None = None
-    multiplier: Multiplier | None = None
-    erase: bool = True
-    eps_q: float | None = 1e-6
-    eps_k: float | None = 1e-6
-    eps: float = 1e-5
-
-    @functools.cached_property
-    def plan(self) -> tuple[int, ...]:
-        """Its sizes and kinds, in the order that the loop knows."""
-        m = self.multiplier
-        kinds = [0 if law is None else _LAWS.index(law.kind) for law in self.laws]
-        rule = (0, 0, 0) if m is None else (_MULTIPLIERS.index(m.kind), int(m.aware), _SIDES[m.side])
-        channel = int(self.gate is not None and self.gate.per_channel)
-        return (self.heads, self.key, self.value, int(self.erase), channel, *kinds, *rule)
-
-    @functools.cached_property
-    def laws(self) -> tuple[Law | None, ...]:
-        m = self.multiplier
-        return (self.gate, self.step_size, None if m is None else m.forget, None if m is None else m.gain)
-
-    @functools.cached_property
-    def numbers(self) -> tuple[float, ...]:
-        """Its numbers, in the order that the loop knows, but for the first two: the output's scale and the lowest exponent."""
-        m = self.multiplier
-        eps = [-1.0 if value is None else value for value in (self.eps_q, self.eps_k, self.eps)]
-        rule = (0.0, 0.0, 0.0, 0.0) if m is None else (m.eta, *m.box, m.log_x)
-        ranges = [edge for law in self.laws for edge in ((0.0, 1.0) if law is None else (law.low, law.high))]
-        return (*eps, *rule, *ranges)
 
 
 def serves(*tensors: Tensor | None) -> bool:
@@ -123,65 +41,87 @@ def serves(*tensors: Tensor | None) -> bool:
     record (`torch.no_grad`), outside of autocast and of compilation."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    dtype: torch.dtype | None = None
-    for tensor in tensors:
-        if tensor is not None:
-            if not tensor.is_cpu or tensor.dtype != (dtype or tensor.dtype):
-                return False
-            dtype = tensor.dtype
-    return dtype in (torch.float32, torch.float64)
+    given = [tensor for tensor in tensors if tensor is not None]
+    dtype = given[0].dtype
+    known = dtype is torch.float32 or dtype is torch.float64
+    return known and all(tensor.dtype is dtype and tensor.is_cpu for tensor in given)
 
 
-def token(
-    layer: Layer,
-    x: Tensor,
-    mixed: Tensor,
-    past: Tensor,
-    weight: Tensor,
-    state: Tensor,
-    laws: Sequence[Terms],
-    norm: Tensor | None = None,
-    statistic: Tensor | None = None,
-    centre: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One token of a layer, from the projection of q, k and v to the normalised output:
+class Token:
+    """One token of a layer, h = x, or of the block around it, h = norm(x):
 
-        (q, k, v) = silu(sum_i w_i * u_{t-i})       q / sqrt(|q|^2 + eps_q)      k / sqrt(|k|^2 + eps_k)
-        S~ = Diag(a) S      e = v - S~^T k      S' = S~ + beta (m * k) e^T
-        o = K^-1/2 S'^T q   o / sqrt(mean(o^2) + eps) * norm
+        (q, k, v) = silu(sum_i w_i * u_{t-i}), u = W h          q / sqrt(|q|^2 + eps_q)      k / sqrt(|k|^2 + eps_k)
+        S~ = Diag(a) S      e = v - S~^T r      S' = S~ + beta (m * k) e^T
+        o = K^-1/2 S'^T q   o / sqrt(mean(o^2) + eps) * norm    y = W' o
 
-    Args:
-        x: the layer's input [B,1,D]. mixed: its projection u_t [B,1,C]. past: those before it [B,W-1,C]. weight: w [W,C].
-        state: S [B,H,K,V]. laws: the terms of gate, step size, forgetting and gain, empty ones where the layer has no such law.
-        norm: [V], or None: o as it is. statistic [B,H,K] and centre [H]: the multiplier's. All of one dtype, see `serves`.
-
-    Returns: o [B,1,H V], the last W-1 inputs, S' and the multiplier's next statistic.
+    Made once for the layer's tensors, whose numbers may change, and move: where they stand is looked up at every token.
     """
-    (B, H, K, V), dtype, C = state.shape, state.dtype, mixed.shape[2]
-    assert layer.plan[:3] == (H, K, V), "heads of the layer's widths"
-    assert C == (2 * K + V) * H, "q, k and v of all heads"
-    assert mixed.shape[:2] == x.shape[:2] == (B, 1) and past.shape == (B, weight.shape[0] - 1, C), (
-        "one token, and those before it"
-    )
-    o, kept, new = mixed.new_empty(B, 1, H * V), past.new_empty(past.shape), state.new_empty(B, H, K, V)
-    after = None if statistic is None else statistic.new_empty(B, H, K)
-    given = [x, mixed, past, weight, kept, state, new, o, norm, statistic, after, centre]
-    for terms in laws:
-        given += terms
-    # Copies of what is not contiguous, or of another dtype, have to live until the loop has run.
-    at, copies = [], []
-    for tensor in given:
-        if tensor is None:
-            at.append(0)
-            continue
-        if tensor.dtype != dtype or not tensor.is_contiguous():
-            tensor = tensor.to(dtype).contiguous()
-            copies.append(tensor)
-        at.append(tensor.data_ptr())
-    plan = _integers(B, weight.shape[0], x.shape[2], *layer.plan)
-    numbers = _numbers(dtype, K**-0.5, lowest_exponent(dtype), *layer.numbers)
-    _call("token", dtype, B, B * H * K * V, plan, np.array(at), numbers)
-    return o, kept, new, after
+
+    def __init__(self, layer: Layer, weights: Weights, around: Around | None = None) -> None:
+        w, up, down, self._eps = weights, NOTHING, NOTHING, 0.0
+        norms: tuple[Tensor | None, Tensor | None] = (None, None)
+        if around is not None:
+            up, down, norms, self._eps = around.up, around.down, (around.norm, around.mlp_norm), around.eps
+        products = (w.mixed, *w.laws, w.read, w.value, w.gate, w.output, up, down)
+        single = (w.taps, w.norm, w.centre, w.erase, w.feedback, w.gain, w.skip, *norms)
+        slots = (*single, *(tensor for product in products for tensor in product))
+        self.layer, self.ends = layer, w.output is not NOTHING
+        self._tensors = [tensor for tensor in slots if tensor is not None]
+        self._shapes = [tensor.shape for tensor in self._tensors]
+        self._places = [_MOVING + i for i, tensor in enumerate(slots) if tensor is not None]
+        self._none = np.zeros(_MOVING + len(slots), np.int64)
+        self._taps = 0 if w.taps is None else w.taps.shape[0]
+        hidden = 0 if down.weight is None else down.weight.shape[1]
+        ranks = [0 if product.inner is None else product.inner.shape[0] for product in products]
+        self._plan = (*layer.sizes, hidden, int(self.ends), *layer.kinds, *ranks)
+        self._found: tuple[list[int], list[torch.dtype], Any] = ([], [], None)
+
+    def __call__(
+        self, x: Tensor, past: Tensor | None, state: Tensor, statistic: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """x: the input [B,1,D]. past: the W-1 inputs of the convolution before this one [B,W-1,C], None without one. state: S
+        [B,H,K,V]. statistic: the multiplier's, [B,H,K]. All of one dtype, see `serves`.
+
+        Returns: y [B,1,D] (o [B,1,H V] without a last projection), the last W-1 inputs, S' and the multiplier's next statistic.
+        """
+        (B, H, K, V), dtype, D, layer = state.shape, state.dtype, x.shape[2], self.layer
+        channels, taps = sum(layer.widths), self._taps
+        assert (layer.heads, layer.key, layer.value) == (H, K, V) and x.shape[:2] == (B, 1), "one token, heads of these widths"
+        assert (past is None) == (not taps) and (past is None or past.shape == (B, taps - 1, channels)), "what is convolved"
+        assert (statistic is None) == (layer.multiplier is None) and (statistic is None or statistic.shape == (B, H, K)), (
+            "what a multiplier remembers"
+        )
+        y, new = x.new_empty(B, 1, D if self.ends else H * V), state.new_empty(B, H, K, V)
+        kept = None if past is None else past.new_empty(past.shape)
+        after = None if statistic is None else statistic.new_empty(B, H, K)
+        at, _alive = self._addresses(dtype)
+        given = [None if tensor is None else _as_it_lies(tensor, dtype) for tensor in (x, past, state, statistic)]
+        made = (y, kept, new, after)
+        at[:_MOVING] = [0 if tensor is None else tensor.data_ptr() for tensor in (*given, *made)]
+        work = B * H * K * V
+        rows = min(_ROWS, -(-B // torch.get_num_threads())) if work >= _WORTH_A_THREAD else _ROWS
+        plan, first = _integers(B, max(taps, 1), D, *self._plan), layer.numbers[:5]
+        numbers = _numbers(dtype, K**-0.5, lowest_exponent(dtype), *first, self._eps, *layer.numbers[5:])
+        _call("token", dtype, -(-B // rows), work, rows, plan, at, numbers)
+        return y, kept, new, after
+
+    def _addresses(self, dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
+        """Where the layer's tensors stand (0: there is none), and the copies of what is not contiguous or of another dtype, which
+        have to live until the loop has run."""
+        tensors, copies = self._tensors, []
+        where, dtypes = [tensor.data_ptr() for tensor in tensors], [dtype, *(tensor.dtype for tensor in tensors)]
+        if self._found[:2] != (where, dtypes) or not all(tensor.is_contiguous() for tensor in tensors):
+            assert [tensor.shape for tensor in tensors] == self._shapes, "numbers change, and where they stand, but no sizes"
+            for i, tensor in enumerate(tensors):
+                if tensor.dtype != dtype or not tensor.is_contiguous():
+                    copies.append(tensor.to(dtype).contiguous())
+                    where[i] = copies[-1].data_ptr()
+            at = self._none.copy()
+            at[self._places] = where
+            if copies:
+                return at, copies
+            self._found = where, dtypes, at
+        return self._found[2].copy(), copies
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -245,7 +185,7 @@ def _call(name: str, dtype: torch.dtype, units: int, work: int, *given: Any) -> 
 def _loop(name: str) -> Callable[..., None]:
     from .cpu import compiled_decode
 
-    loop: Callable[..., None] = getattr(compiled_decode, name)
+    loop: Callable[..., None] = getattr(compiled_decode, name)()
     return loop
 
 

@@ -5,53 +5,160 @@ A component is known here by its very class: one that derives from it, or a plug
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..kernels.decode import Law, Layer, Multiplier, Terms
-from .erase import DeltaErase, NoErase, NoFeedback
-from .forgetting import GatedForgetting, NoForgetting, TokenForgetting
-from .gates import ChannelGate, ChannelSigmoidGate, NoGate, ScalarGate, ScalarSigmoidGate
-from .layers import L2_EPS, Projection
+from ..kernels.cpu.decode_layer import NOTHING, Around, Law, Layer, Multiplier, Product, Step, Weights
+from ..kernels.decode import FEW, Token
+from .erase import ChannelErase, DeltaErase, NoErase, NoFeedback, ReadKeyFeedback, ScaledErase
+from .forgetting import ConstantForgetting, GatedForgetting, LearnedForgetting, NoForgetting, TiedForgetting, TokenForgetting
+from .gates import ChannelGate, ChannelSigmoidGate, FixedGate, NoGate, ScalarGate, ScalarSigmoidGate
+from .layers import L2_EPS, Projection, RMSNorm, ShortConvolution
 from .preconditioners import Diagonal, Hypergradient, NoPreconditioner
-from .step_sizes import One, Sigmoid
-from .value_gains import NoGain
+from .step_sizes import Constant, ErrorFree, Kaczmarz, Longhorn, One, Sigmoid, TimeStep
+from .value_gains import ChannelGain, InverseNorm, LearnedGain, NoGain
 
 if TYPE_CHECKING:
     from .mixer import RecurrentMixer
 
 _LAWS: dict[type, Callable[[Any], Law | None]] = {
     NoGate: lambda config: None,
-    One: lambda config: None,
-    NoForgetting: lambda config: None,
+    FixedGate: lambda config: Law("linear"),
     ScalarGate: lambda config: Law("softplus"),
     ScalarSigmoidGate: lambda config: Law("log_sigmoid", high=config.divisor),
     ChannelGate: lambda config: Law("bounded" if config.lower_bound else "softplus", low=config.lower_bound, per_channel=True),
     ChannelSigmoidGate: lambda config: Law("log_sigmoid", high=config.divisor, per_channel=True),
-    Sigmoid: lambda config: Law("sigmoid", *config.range),
+    NoForgetting: lambda config: None,
+    ConstantForgetting: lambda config: Law("linear"),
+    LearnedForgetting: lambda config: Law("log_sigmoid"),
     TokenForgetting: lambda config: Law("log_sigmoid"),
     GatedForgetting: lambda config: Law("softplus"),
+    TiedForgetting: lambda config: Law("tied"),
 }
-_OF_INPUT = (ScalarGate, ScalarSigmoidGate, Sigmoid, TokenForgetting, GatedForgetting)
-"""Those that project the layer's input once, by `proj`; the others, per channel, by `down` and `up`."""
-NOTHING = Terms()
+_STEPS: dict[type, Callable[[Any], Step]] = {
+    One: lambda config: Step(),
+    Constant: lambda config: Step("plain", Law("linear")),
+    Sigmoid: lambda config: Step("plain", Law("sigmoid", *config.range)),
+    TimeStep: lambda config: Step("dt"),
+    Kaczmarz: lambda config: Step("kaczmarz", Law("sigmoid", *config.range), config.eps),
+    Longhorn: lambda config: Step("longhorn_gate" if config.own_gate else "longhorn", Law("sigmoid", *config.range), config.eps),
+    ErrorFree: lambda config: Step("efla", Law("sigmoid", *config.range), config.eps),
+}
+_ERASES: dict[type, Any] = {NoErase: "none", DeltaErase: "key", ScaledErase: "head", ChannelErase: "channel"}
+_VALUES: dict[type, Any] = {NoGain: "one", InverseNorm: "inverse_norm", LearnedGain: "head", ChannelGain: "channel"}
+_ACTIVATIONS = ("none", "silu", "elu1")
+
+
+class Known:
+    """What is known of a module as long as it has the same parts: how its tokens are decoded (`layer`, None: they are not), and
+    the token made of its tensors (None: some have to be computed at every token)."""
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        layer: Layer | None = None,
+        token: Token | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
+        self.layer, self.token, self._module = layer, token, module
+        self._weight, self._dtype = weight, None if weight is None else weight.dtype
+        modules = [] if module is None else list(module.modules())
+        hooks = [hooks for part in modules for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self._parts: list[dict[Any, Any]] = [parts for part in modules for parts in (part._parameters, part._modules)]
+        self._counted: list[Any] = [*hooks, *(part.__dict__ for part in modules)]
+        self._before = self._now()
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether `module` is still made of the same modules and parameters, of the dtype that `weight` had, and watched by as
+        many hooks; numbers may differ, and where they stand."""
+        (parts, counts), (were, before) = self._now(), self._before
+        same = len(parts) == len(were) and all(map(operator.is_, parts, were)) and counts == before
+        typed = self._weight is None or self._weight.dtype is self._dtype
+        return same and typed and module is self._module
+
+    def _now(self) -> tuple[list[object], list[int]]:
+        """All modules and parameters; how many hooks they have, and attributes: one more is a method put in another's place."""
+        return list(itertools.chain.from_iterable(map(dict.values, self._parts))), list(map(len, self._counted))
+
+    def __deepcopy__(self, memo: object) -> Known:
+        return Known()
+
+    def __reduce__(self) -> tuple[type[Known], tuple[()]]:
+        return Known, ()
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether someone watches or changes what goes in or out of `module`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def known(mixer: RecurrentMixer) -> Known:
+    """What is to be known of a mixer."""
+    layer = layer_of(mixer)
+    weights = None if layer is None else weights_of(mixer, None)
+    return Known(mixer, layer, None if layer is None or weights is None else Token(layer, weights), mixer.in_proj.weight)
+
+
+def known_within(block: nn.Module, mixer: RecurrentMixer, around: Around | None) -> Known:
+    """What is to be known of a mixer and the block around it (None: one that a compiled token does not know)."""
+    layer = None if around is None or hooked(mixer) else layer_of(mixer)
+    weights = None if layer is None else weights_of(mixer, None)
+    token = None if layer is None or weights is None else Token(layer, weights, around)
+    return Known(block, layer, token, mixer.in_proj.weight)
+
+
+def around_of(norm: Any, mlp_norm: Any, up: nn.Module | None = None, down: nn.Module | None = None) -> Around | None:
+    """The block with these norms, and with an MLP of these projections or none; None where they are others, or watched."""
+    norms = [one for one in (norm, mlp_norm) if one is not None]
+    if any(type(one) is not RMSNorm or hooked(one) or one.eps != norm.eps for one in norms):
+        return None
+    if up is None or down is None:
+        return Around(norm.weight, norm.eps)
+    if not (plain_projection(up) and plain_projection(down)):
+        return None
+    return Around(norm.weight, norm.eps, mlp_norm.weight, *(Product(None, module.weight, module.bias) for module in (up, down)))
 
 
 def layer_of(mixer: RecurrentMixer) -> Layer | None:
     """What a compiled token is told once for all, where it serves this layer; None where it does not."""
-    spec, shape = mixer.spec, mixer.shape
-    parts = (type(mixer.erase), type(mixer.value_gain), type(mixer.feedback))
-    plain = parts in ((DeltaErase, NoGain, NoFeedback), (NoErase, NoGain, NoFeedback)) and mixer.activated
-    known = all(type(part) in _LAWS for part in (mixer.gate, mixer.step_size, mixer.forgetting)) and _multiplies(mixer)
-    if not (plain and known) or spec.substeps > 1 or mixer.block.key_heads or mixer.block.skip:
+    from .mixer import Skip
+
+    spec, shape, block = mixer.spec, mixer.shape, mixer.block
+    laws = all(type(part) in _LAWS for part in (mixer.gate, mixer.forgetting)) and type(mixer.step_size) in _STEPS
+    reads = type(mixer.erase) in _ERASES and type(mixer.feedback) in (NoFeedback, ReadKeyFeedback)
+    layers = ((mixer.conv, ShortConvolution), (mixer.norm, RMSNorm), (mixer.skip, Skip))
+    plain = all(part is None or type(part) is kind for part, kind in layers) and type(mixer.value_gain) in _VALUES
+    if not (laws and reads and plain and _multiplies(mixer)) or spec.substeps > 1 or spec.qk.activation not in _ACTIVATIONS:
+        return None
+    if any(hooked(part) for part in mixer._modules.values() if part is not None):
+        return None
+    if type(mixer.step_size) is TimeStep and type(mixer.gate) is not ScalarGate:
         return None
     eps_q, eps_k = (L2_EPS if kind == "l2" else None for kind in (spec.qk.normalise_q, spec.qk.normalise_k))
-    gate, step_size = (_LAWS[type(part)](part.config) for part in (mixer.gate, mixer.step_size))
-    eps = 0.0 if mixer.norm is None else mixer.norm.eps
-    return Layer(shape.heads, shape.key, shape.value, gate, step_size, _multiplier(mixer), spec.erases, eps_q, eps_k, eps)
+    return Layer(
+        shape.heads,
+        shape.key,
+        shape.value,
+        _LAWS[type(mixer.gate)](mixer.gate.config),
+        _STEPS[type(mixer.step_size)](mixer.step_size.config),
+        _multiplier(mixer),
+        _ERASES[type(mixer.erase)],
+        eps_q,
+        eps_k,
+        0.0 if mixer.norm is None else mixer.norm.eps,
+        block.key_heads,
+        (spec.qk.activation, block.value_activation),
+        type(mixer.feedback) is ReadKeyFeedback,
+        _VALUES[type(mixer.value_gain)],
+        getattr(mixer.value_gain.config, "eps", 0.0),
+        block.output_gate,
+    )
 
 
 def _multiplies(mixer: RecurrentMixer) -> bool:
@@ -80,31 +187,91 @@ def _multiplier(mixer: RecurrentMixer) -> Multiplier | None:
     return Multiplier("hypergradient", config.side, forget, gain, 0.0, config.eta, config.aware, box)
 
 
-def terms_of(mixer: RecurrentMixer, x: Tensor) -> list[Terms]:
-    """The tensors of a layer's laws at x: gate, step size, forgetting and gain."""
-    forgetting = mixer.forgetting
-    gain = _projected(forgetting.gain, x, None, None) if type(forgetting) is GatedForgetting else NOTHING
-    return [*(_terms(part, x) for part in (mixer.gate, mixer.step_size, forgetting)), gain]
+def weights_of(mixer: RecurrentMixer, x: Tensor | None) -> Weights | None:
+    """The tensors of a layer's token at x: a projection's weight; or its answer, where it is no plain projection (an adapter, a
+    pruned or quantised one), is watched by a hook, or x has so many sequences that torch's product is the faster one. Without an
+    x: None where an answer would be needed."""
+    make = _Maker(x, mixer.in_proj.weight.dtype)
+    forgetting, gate = mixer.forgetting, mixer.gate_proj
+    laws = (
+        make.law(mixer.gate),
+        make.law(mixer.step_size),
+        make.law(forgetting),
+        make.product(forgetting.gain) if type(forgetting) is GatedForgetting else NOTHING,
+    )
+    read, value = (
+        make.product(part.proj) if type(part) in (ChannelErase, ChannelGain) else NOTHING
+        for part in (mixer.erase, mixer.value_gain)
+    )
+    mixed, out_gate = make.product(mixer.in_proj), NOTHING if gate is None else make.product(gate)
+    ends = make.few and plain_projection(mixer.out_proj)
+    if make.failed or (x is None and not ends):
+        return None
+    return Weights(
+        mixed,
+        None if mixer.conv is None else mixer.conv.weight,
+        laws,
+        read,
+        value,
+        out_gate,
+        Product(weight=mixer.out_proj.weight, bias=mixer.out_proj.bias) if ends else NOTHING,
+        None if mixer.norm is None else mixer.norm.weight,
+        mixer.preconditioner._parameters.get("centre"),
+        mixer.erase._parameters.get("c"),
+        mixer.feedback._parameters.get("D"),
+        mixer.value_gain._parameters.get("gain"),
+        None if mixer.skip is None else mixer.skip.D,
+    )
 
 
-def _terms(part: Any, x: Tensor) -> Terms:
-    parameters = part._parameters
-    bias, A_log = parameters.get("dt_bias"), parameters.get("A_log")
-    if type(part) in _OF_INPUT:
-        return _projected(part.proj, x, bias, A_log)
-    return Terms(part.up(part.down(x)), None, bias, A_log) if type(part) in (ChannelGate, ChannelSigmoidGate) else NOTHING
+class _Maker:
+    """Makes products of modules; `failed` where it had no x and would have needed one."""
+
+    def __init__(self, x: Tensor | None, dtype: torch.dtype) -> None:
+        self.x, self.dtype, self.few, self.failed = x, dtype, x is None or len(x) <= FEW, False
+
+    def product(self, module: nn.Module, bias: Tensor | None = None, A_log: Tensor | None = None) -> Product:
+        if self.few and plain_projection(module):
+            return Product(None, module.weight, _one_of(module.bias, bias), A_log)
+        pair = tuple(module) if type(module) is nn.Sequential and not hooked(module) else ()
+        return self.pair(*pair, bias, A_log) if len(pair) == 2 else self._answer(module, bias, A_log)
+
+    def pair(self, down: nn.Module, up: nn.Module, bias: Tensor | None, A_log: Tensor | None) -> Product:
+        """Of up(down(x)), a low rank."""
+        if self.few and plain_projection(down) and plain_projection(up) and down.bias is None:
+            return Product(None, up.weight, _one_of(up.bias, bias), A_log, down.weight)
+        return self._answer(lambda x: up(down(x)), bias, A_log)
+
+    def _answer(self, project: Callable[[Tensor], Tensor], bias: Tensor | None, A_log: Tensor | None) -> Product:
+        if self.x is None:
+            self.failed = True
+            return NOTHING
+        return Product(project(self.x), None, bias, A_log)
+
+    def law(self, part: Any) -> Product:
+        parameters = part._parameters
+        bias, A_log = parameters.get("dt_bias"), parameters.get("A_log")
+        if "proj" in part._modules:
+            return self.product(part.proj, bias, A_log)
+        if "up" in part._modules:
+            return self.pair(part.down, part.up, bias, A_log)
+        if type(part) is FixedGate:
+            return Product(bias=_slopes(part.config.first, part.shape.heads, self.dtype))
+        if type(part) in (Constant, ConstantForgetting):
+            number = part.config.beta if type(part) is Constant else math.log(part.config.gamma)
+            return Product(bias=torch.full((part.shape.heads,), number, dtype=self.dtype, device="cpu"))
+        return Product(bias=parameters["b"]) if type(part) is LearnedForgetting else NOTHING
 
 
-def _projected(module: Any, x: Tensor, bias: Tensor | None, A_log: Tensor | None) -> Terms:
-    """The projection's weight, for the compiled token; or its answer, where it is no plain projection (an adapter, a pruned or
-    quantised one) or is watched by a hook."""
-    if type(module) is not Projection or hooked(module):
-        return Terms(module(x), None, bias, A_log)
-    own = module.bias
+def _one_of(own: Tensor | None, bias: Tensor | None) -> Tensor | None:
     assert own is None or bias is None, "a law has one bias"
-    return Terms(None, module.weight, own if bias is None else bias, A_log)
+    return bias if own is None else own
 
 
-def hooked(module: Any) -> bool:
-    """Whether someone watches or changes what goes in or out of `module`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def plain_projection(module: nn.Module) -> TypeGuard[Projection]:
+    return type(module) is Projection and not hooked(module)
+
+
+def _slopes(first: float, heads: int, dtype: torch.dtype) -> Tensor:
+    """FixedGate's."""
+    return torch.log1p(-torch.exp2(-first - torch.arange(heads, dtype=torch.float64, device="cpu"))).to(dtype)

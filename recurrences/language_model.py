@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..kernels import decode
 from ..kernels.activations import swiglu
+from ..kernels.cpu.decode_layer import Around
 from ..kernels.cross_entropy import linear_cross_entropy
+from . import decoding
 from .component import Component
 from .documents import read_by_document
 from .initialise import initialise, initialised_later
 from .layers import PROJECTION_STD, Embedding, Projection, RMSNorm
-from .mixer import Mixer, MixerState
+from .mixer import Mixer, MixerState, RecurrentMixer, token_of
 from .spec import SPECS, LayerSpec, MixerSpec, layers_of
 
 IGNORE = -100
@@ -45,6 +48,7 @@ class ModelBlock(nn.Module):
 
     def __init__(self, mixer: Mixer, width: int, mlp_hidden: int) -> None:
         super().__init__()
+        self._known = decoding.Known()
         self.mixer_norm = RMSNorm(width)
         self.mixer = mixer
         self.mlp_norm = RMSNorm(width) if mlp_hidden else None
@@ -54,6 +58,8 @@ class ModelBlock(nn.Module):
         self, x: Tensor, more: Tensor | None, state: MixerState | None
     ) -> tuple[Tensor, Tensor | None, MixerState | None]:
         """x and `more`, which is still to be added to it: a sum is taken together with the norm after it, in one pass."""
+        if state is not None and (decoded := self._token(x, more, state)) is not None:
+            return decoded
         x, normalised = self.mixer_norm.of_sum(x, more)
         if state is None:
             more = self.mixer(normalised)
@@ -63,6 +69,25 @@ class ModelBlock(nn.Module):
             x, normalised = self.mlp_norm.of_sum(x, more)
             more = self.mlp(normalised)
         return x, more, state
+
+    def _token(self, x: Tensor, more: Tensor | None, state: MixerState) -> tuple[Tensor, None, MixerState] | None:
+        """`forward` for one token, in one compiled call; None where none serves it."""
+        mixer = self.mixer
+        if type(mixer) is not RecurrentMixer or mixer.observer or len(x) > decode.FEW or not mixer.decodes(x, state):
+            return None
+        if not self._known.holds(self):
+            self._known = decoding.known_within(self, mixer, self._around())
+        if self._known.token is None:
+            return None
+        y, state = token_of(self._known.token, x if more is None else x + more, state)
+        return y, None, state
+
+    def _around(self) -> Around | None:
+        """What a compiled token is told of norms and MLP; None where they are others than these, or watched."""
+        mlp, norms = self.mlp, (self.mixer_norm, self.mlp_norm)
+        if mlp is None:
+            return decoding.around_of(*norms)
+        return decoding.around_of(*norms, mlp.gate_up, mlp.down) if type(mlp) is SwiGLU and not decoding.hooked(mlp) else None
 
 
 def _pattern(spec: MixerSpec | Sequence[MixerSpec]) -> list[LayerSpec]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..kernels import decode, delta_rule, resolve_backend
+from ..kernels.cpu.decode_layer import Layer
 from ..strict import build, plain
 from . import decoding
 from .component import Component, HeadShape
@@ -196,11 +197,11 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         self.feedback = spec.feedback.build(shape)
         self.observer: Callable[[Observed], None] | None = None
         """Called before every pass through the recurrence, with what goes in."""
-        self.skip = _Skip(heads) if self.block.skip else None
+        self.skip = Skip(heads) if self.block.skip else None
         self.norm = RMSNorm(shape.value) if self.block.output_norm else None
         self.gate_proj = output_gate(width, self.block.output_gate_rank, heads * shape.value, self.block.output_gate)
         self.out_proj = Projection(heads * shape.value, width)
-        self._decoded: tuple[tuple[nn.Module | None, ...], decode.Layer | None] = ((), None)
+        self._known = decoding.Known()
         initialise(self, seed)
 
     def initial_state(self, batch: int) -> MixerState:
@@ -229,7 +230,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
 
     def forward(self, x: Tensor, state: MixerState | None = None) -> Any:
         n, before = self.spec.substeps, MixerState() if state is None else state
-        single = state is not None and self._decodes(x, before)
+        single = state is not None and self.decodes(x, before)
         if single and (layer := self.compiled()) is not None:
             return self._token(x, before, layer)
         q, raw_key, k, v, conv = self._project(x, before.conv)
@@ -271,32 +272,30 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         position = None if before.position is None else before.position + x.shape[1]
         return y, MixerState(conv, memory, statistic, position)
 
-    def _decodes(self, x: Tensor, before: MixerState) -> bool:
+    def decodes(self, x: Tensor, before: MixerState) -> bool:
         """Whether this call is one token that the compiled loops of `decode` serve."""
-        if before.memory is None or x.shape[1] != 1 or self.spec.substeps > 1 or self.backend not in ("auto", "cpu"):
+        if before.memory is None or self.spec.substeps > 1 or self.backend not in ("auto", "cpu"):
             return False
+        one = x.shape == (len(before.memory), 1, self.shape.width)  # what does not fit, the general way says
         small = self.backend == "auto" and min(self.shape.key, self.shape.value) < decode.SMALLEST
-        return not small and decode.serves(x, before.memory, self.in_proj.weight, before.conv)
+        return one and not small and decode.serves(x, before.memory, self.in_proj.weight, before.conv)
 
-    def compiled(self) -> decode.Layer | None:
-        """What a compiled token is told, where all of a token between the projections is one call; None where it is not, because
-        of the components or of somebody who watches them."""
-        parts = tuple(self._modules.values())
-        if parts != self._decoded[0]:
-            self._decoded = parts, decoding.layer_of(self)
-        layer = self._decoded[1]
-        if layer is None or self.observer is not None or any(decoding.hooked(part) for part in parts if part is not None):
-            return None
-        return layer
+    def compiled(self) -> Layer | None:
+        """What a compiled token is told, where all of a token is one call; None where it is not, because of the components or of
+        somebody who watches them."""
+        if not self._known.holds(self):
+            self._known = decoding.known(self)
+        return self._known.layer if self.observer is None else None
 
-    def _token(self, x: Tensor, before: MixerState, layer: decode.Layer) -> tuple[Tensor, MixerState]:
-        """`forward` for one token, all between the projections in one call."""
-        assert before.conv is not None and before.memory is not None and self.conv is not None
-        norm = None if self.norm is None else self.norm.weight
-        centre = self.preconditioner._parameters.get("centre")
-        given = (before.conv, self.conv.weight, before.memory, decoding.terms_of(self, x), norm, before.statistic, centre)
-        o, conv, memory, statistic = decode.token(layer, x, self.in_proj(x), *given)
-        return self._output(x, o, normed=True), MixerState(conv, memory, statistic)
+    def _token(self, x: Tensor, before: MixerState, layer: Layer) -> tuple[Tensor, MixerState]:
+        """`forward` for one token, in one call but for the products that torch takes."""
+        token = self._known.token if len(x) <= decode.FEW else None
+        if token is None:
+            weights = decoding.weights_of(self, x)
+            assert weights is not None, "of an x"
+            token = decode.Token(layer, weights)
+        y, state = token_of(token, x, before)
+        return y if token.ends else self.out_proj(y), state
 
     def _project(self, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """x -> q [B,T,H,K], the key [B,Tn,H,K] as it came (where a value gain asks for it) and normalised, v [B,Tn,H,V], in
@@ -373,6 +372,13 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         return y
 
 
+def token_of(token: decode.Token, x: Tensor, before: MixerState) -> tuple[Tensor, MixerState]:
+    """A compiled token, from one state to the next."""
+    assert before.memory is not None, "`decodes`"
+    y, *carried = token(x, before.conv, before.memory, before.statistic)
+    return y, MixerState(*carried)
+
+
 def at_first(t: Tensor, n: int) -> Tensor:
     """[B,T,...] -> [B,Tn,...]: at the first substep of every token, zeros at the others."""
     zeros = t.new_zeros(*t.shape[:2], n - 1, *t.shape[2:])
@@ -407,7 +413,7 @@ def output_gate(width: int, rank: int, channels: int, kind: str) -> nn.Module | 
     return nn.Sequential(Projection(width, rank), Projection(rank, channels, bias=True))
 
 
-class _Skip(nn.Module):
+class Skip(nn.Module):
     """o + D v, D per head, starting at 1."""
 
     def __init__(self, heads: int) -> None:
