@@ -1,36 +1,68 @@
-"""What else computes the gated delta rule on this machine: our own backends, and peers where they are installed.
+"""What computes a rule on this machine: our own backends, and peers where they are installed.
 
-A contender is a function (q, k, v, beta, log_decay) -> o, all [B,T,H,.], with k of norm 1 and one decay per head.
+A contender is a function of the rule's inputs (`rules.draw`) that returns o [B,T,H,V].
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels import backends, delta_rule
+from ...errors import UserError, unknown
+from ...kernels import backends
+from .rules import GDN, Inputs, Rule, ours
 
-Contender = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+COMPILED = "transformers-compiled"
+FLA = "fla"
+PEERS = ("transformers", "fla-naive", COMPILED, FLA)
 
 
-def contenders(device: torch.device) -> dict[str, Contender]:
-    """Name -> contender: our backends (the definition left out: it is there to be right), then the peers that are installed."""
-    found: dict[str, Contender] = {}
-    for name in backends():
-        if name != "reference" and (name != "cpu" or device.type == "cpu"):
-            found[name] = functools.partial(_ours, backend=name)
-    if importlib.util.find_spec("transformers") is not None:
-        found["transformers"] = _transformers
-    if _fla_naive_file() is not None:
-        found["fla-naive"] = _fla_naive
+@dataclass(frozen=True)
+class Contender:
+    """A name's function. own: a backend of ours. normalises: it divides q and k by their norms first, so that its time counts
+    that, and its error is against the same. between: called before the first run at another shape."""
+
+    run: Callable[[Inputs], Tensor]
+    own: bool = False
+    normalises: bool = False
+    between: Callable[[], None] = lambda: None
+
+
+def contenders(device: torch.device, rule: Rule = GDN, peers: tuple[str, ...] = ()) -> dict[str, Contender]:
+    """Name -> contender: our backends (the definition left out: it is there to be right), then the peers that are installed and
+    compute the rule. `peers` are those that run on request alone: `transformers-compiled`, and `fla` where there is no GPU.
+
+    Errors: `UserError` for a name in `peers` that is none, and for one that cannot run on `device`.
+    """
+    for name in peers:
+        _check(name, device)
+    found = {
+        name: Contender(functools.partial(ours, rule, backend=name), own=True)
+        for name in backends()
+        if name != "reference" and (name != "cpu" or device.type == "cpu")
+    }
+    if rule == GDN:
+        if _installed("transformers"):
+            found["transformers"] = Contender(lambda x: _transformers_form(_transformers_function(), x))
+        if _fla_naive_file() is not None:
+            found["fla-naive"] = Contender(lambda x: _transformers_form(_fla_naive_function(), x))
+        if COMPILED in peers:
+            found[COMPILED] = Contender(_compiled, between=_forget_compiled)
+    if (device.type == "cuda" and _installed("fla")) or FLA in peers:
+        kernel = _FLA_KERNELS.get(rule)
+        if kernel is not None:
+            found[FLA] = Contender(functools.partial(_fla, kernel), normalises=rule.preconditioner != "none")
     return found
 
 
@@ -38,15 +70,32 @@ def peer_versions() -> dict[str, str]:
     """Package -> version of the peers that are installed."""
     found = {}
     for package in ("transformers", "fla-core", "flash-linear-attention"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def _ours(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, backend: str) -> Tensor:
-    return delta_rule(q, k, beta[..., None] * k, v, log_decay, backend=backend)[0]
+def _check(name: str, device: torch.device) -> None:
+    if name not in PEERS:
+        raise unknown("peer", name, PEERS, "--peers")
+    package = {FLA: "fla", "fla-naive": "fla"}.get(name, "transformers")
+    if not _installed(package):
+        wanted = "flash-linear-attention" if package == "fla" else package
+        raise UserError(f"--peers: {name!r} needs the package {wanted}, which is not installed (pip install {wanted})")
+    if name == FLA and device.type != "cuda":
+        raise UserError(
+            f"--peers: {name!r} is flash-linear-attention's Triton kernels, which need an NVIDIA GPU; "
+            f"--device is {str(device)!r}. Valid there: fla-naive"
+        )
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _transformers_form(function: Callable[..., Any], x: Inputs) -> Tensor:
+    o: Tensor = function(x["q"], x["k"], x["v"], g=x["log_decay"], beta=x["beta"])[0]
+    return o
 
 
 @functools.cache
@@ -58,9 +107,20 @@ def _transformers_function() -> Callable[..., Any]:
     return function
 
 
-def _transformers(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
-    o: Tensor = _transformers_function()(q, k, v, g=log_decay, beta=beta)[0]
-    return o
+@functools.cache
+def _compiled_function() -> Callable[..., Any]:
+    return torch.compile(_transformers_function(), dynamic=False)
+
+
+def _compiled(x: Inputs) -> Tensor:
+    # Where dynamo would give up and run eagerly, without a word, it has to say so: the row then shows why.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        return _transformers_form(_compiled_function(), x)
+
+
+def _forget_compiled() -> None:
+    """Every shape is compiled for itself: dynamo would go over to dynamic shapes, and after eight to eager mode."""
+    torch._dynamo.reset()
 
 
 def _fla_naive_file() -> Path | None:
@@ -85,6 +145,61 @@ def _fla_naive_function() -> Callable[..., Any]:
     return function
 
 
-def _fla_naive(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
-    o: Tensor = _fla_naive_function()(q, k, v, g=log_decay, beta=beta)[0]
+@dataclass(frozen=True)
+class FlaKernel:
+    """A function of flash-linear-attention for whole sequences, one for single tokens, and what they call their arguments."""
+
+    package: str
+    chunk: str
+    token: str
+    decay: str = ""
+    key: str = "k"
+    """Which of our tensors is theirs: without erase they take the write key."""
+    beta: str = "beta"
+    scan: bool = False
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """Imported at the first call: that takes seconds."""
+        found: Callable[..., Any] = getattr(importlib.import_module(f"fla.ops.{self.package}"), name)
+        return found
+
+    def arguments(self, x: Inputs) -> dict[str, Tensor]:
+        """By keyword."""
+        key = x["k"] if self.key == "k" else x["beta"][..., None] * x["k"]
+        found = {"q": x["q"], "k": key, "v": x["v"]}
+        if self.decay:
+            found[self.decay] = x["log_decay"]
+        if self.beta:
+            found[self.beta] = x["beta"]
+        if self.scan:
+            found |= {"g_atk": x["forget"], "beta_atk": x["gain"], "log_atk_scale": x["centre"]}
+        return found
+
+
+_FLA_KERNELS = {
+    Rule("scalar"): FlaKernel("gated_delta_rule", "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule", "g"),
+    Rule("none"): FlaKernel("delta_rule", "chunk_delta_rule", "fused_recurrent_delta_rule"),
+    Rule("channel"): FlaKernel("kda", "chunk_kda", "fused_recurrent_kda", "g"),
+    Rule("scalar", erase=False): FlaKernel("simple_gla", "chunk_simple_gla", "fused_recurrent_simple_gla", "g", "w", ""),
+    Rule("channel", erase=False): FlaKernel("gla", "chunk_gla", "", "g", "w", ""),
+    Rule("scalar", preconditioner="diagonal"): FlaKernel(
+        "precond_gated_delta_rule",
+        "chunk_precond_gated_delta_rule",
+        "fused_recurrent_precond_gated_delta_rule",
+        "g",
+        scan=True,
+    ),
+    Rule("channel", preconditioner="diagonal"): FlaKernel(
+        "precond_kda", "chunk_precond_kda", "fused_recurrent_precond_kda", "g", scan=True
+    ),
+}
+
+
+def fla_kernel(rule: Rule, device: torch.device) -> FlaKernel | None:
+    """What computes the rule on `device`, if anything does."""
+    return _FLA_KERNELS.get(rule) if device.type == "cuda" and _installed("fla") else None
+
+
+def _fla(kernel: FlaKernel, x: Inputs) -> Tensor:
+    o: Tensor = kernel.function(kernel.chunk)(**kernel.arguments(x))[0]
     return o

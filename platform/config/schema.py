@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...errors import UserError
+from ...errors import UserError, unknown
 from ...strict import option
 
 TURNED = ("recurrence", "task", "model", "training")
 """The first words of an axis."""
 SECTIONS = (*TURNED, "measure")
 """The parts of `base`."""
+
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "fla")
+"""Every backend that `kernels` knows (which is not imported here: it would load torch). Which of them work is the machine's."""
 
 COMPONENTS = ("gate", "step_size", "preconditioner", "forgetting", "erase", "value_gain", "feedback")
 """The keys of a recurrence that choose a component (`recurrences.AXES`, which is not imported here: it would load torch)."""
@@ -65,10 +68,14 @@ class TrainingConfig:
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW's moments", min=0, below=1)
     clip: float = option(1.0, "largest gradient norm; 0: no clipping", min=0)
     precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 autocast where it is faster, else fp32")
-    backend: str = option("auto", "kernel backend: auto, reference, torch, ... (an unknown name lists those of this machine)")
+    backend: str = option("auto", "kernel backend: auto, reference, torch, cpu, triton, fla, where the trial's device serves it")
     eval_examples: int = option(1000, "validation and test sequences scored at the end, at most", min=1)
     log_every: int = option(20, "steps between two points of the curves", min=1)
     checkpoint_seconds: float = option(10.0, "seconds between two checkpoints", min=0)
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise unknown("backend", self.backend, BACKENDS, "backend")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ from deltalab import registry
 from deltalab.kernels import chunked
 from deltalab.platform.bench import Case, bench_kernels, verify
 from deltalab.platform.bench import kernels as bench_module
+from deltalab.platform.bench.peers import Contender
 from deltalab.platform.cli import bench as bench_cli
 from deltalab.platform.cli.app import app
 
-bench_cli.register(app)
+if not any(group.name == "bench" for group in app.registered_groups):
+    bench_cli.register(app)
 TINY = Case(1, 40, 2, 8, 8)
 
 
@@ -38,13 +40,16 @@ def test_every_contender_runs_once_a_round() -> None:
 def test_a_contender_that_is_wrong_shows_it_and_one_that_fails_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = bench_module.contenders(torch.device("cpu"))["torch"]
 
-    def wrong(*inputs: Tensor) -> Tensor:
-        return honest(*inputs) * 1.001
+    def wrong(inputs: dict[str, Tensor]) -> Tensor:
+        return honest.run(inputs) * 1.001
 
-    def failing(*inputs: Tensor) -> Tensor:
+    def failing(inputs: dict[str, Tensor]) -> Tensor:
         raise RuntimeError("no such kernel\nsecond line")
 
-    monkeypatch.setattr(bench_module, "contenders", lambda device: {"wrong": wrong, "failing": failing})
+    def planted(*_: Any) -> dict[str, Contender]:
+        return {"wrong": Contender(wrong), "failing": Contender(failing)}
+
+    monkeypatch.setattr(bench_module, "contenders", planted)
     rows = {row.name: row for row in bench_kernels([TINY], repeats=2)}
     assert 9e-4 < rows["wrong"].error < 2e-3
     assert rows["failing"].failure == "RuntimeError: no such kernel"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numba
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from deltalab import registry
-from deltalab.kernels import chunked
+from deltalab.kernels import chunked, decode
 from deltalab.platform.config import load_study
 from deltalab.platform.scheduling import kernels as driver
 from deltalab.platform.scheduling.trial import Job, Outcome, run_trial
@@ -207,8 +210,6 @@ def test_the_driver_passes_one_of_each_kind_and_leaves_errors_to_the_trial(
         return dataclasses.replace(job, config={**job.config, **changes})
 
     monkeypatch.setattr(driver, "pass_gate", watched)
-    from rich.console import Console
-
     quiet = Console(quiet=True)
     gentle = other("gentle", {"card": "gdn", "step_size": {"name": "sigmoid", "range": [0, 2]}})
     jobs = [job, gentle, other("wide", "gdn", width=48), other("kda", "kda"), job]
@@ -217,3 +218,82 @@ def test_the_driver_passes_one_of_each_kind_and_leaves_errors_to_the_trial(
     asked.clear()
     driver.prepare_kernels(jobs, quiet, lambda: len(asked) == 1)
     assert asked == [("gdn", 24)]
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> set[tuple[object, ...]]:
+    """The compiled loops that are called from then on: name, and what each is compiled for."""
+    seen: set[tuple[object, ...]] = set()
+
+    @contextmanager
+    def noted(name: str, key: tuple[object, ...]) -> Iterator[None]:
+        seen.add((name, *key))
+        yield
+
+    monkeypatch.setattr(sys.modules["deltalab.kernels.cpu.launch"], "_announced", noted)
+    monkeypatch.setattr(decode, "_ready", set())  # what it has called before it calls without a word
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("card", "precision", "rule"),
+    [
+        ("gdn", "fp32", "delta rule with beta"),
+        ("gdn", "bf16", "delta rule with beta"),
+        ("pgdn", "fp32", "delta rule"),
+        ("osdn", "bf16", "delta rule"),
+        ("linear_attention", "fp32", "no erase"),
+        ("deltanet kda softmax", "fp32", "delta rule with beta"),
+    ],
+)
+def test_a_trial_calls_no_loop_that_the_driver_has_not_called(
+    job: Job, loops: set[tuple[object, ...]], card: str, precision: str, rule: str
+) -> None:
+    """Else every worker would compile it. Heads of 24 make tensors that the gate's small layer leaves to PyTorch."""
+    spec = registry.load(card)
+    changes = {
+        "recurrence": {"name": spec.name, **spec.effective()},
+        "model": {**job.config["model"], "width": 48, "layers": 3, "mlp_hidden": 64},
+        "training": {**job.config["training"], "backend": "auto", "precision": precision, "batch": 64},
+    }
+    job = dataclasses.replace(job, config={**job.config, **changes})
+    driver.prepare_kernels([job], Console(quiet=True), lambda: False)
+    prepared = set(loops)
+    loops.clear()
+    outcome = run(job)
+    assert outcome.status == "finished", outcome.error
+    assert ("token loop", "heads of 24 x 24", rule, "float32") in loops
+    assert {name for name, *_ in loops} > {"token loop", "token loop's backward", "SwiGLU"}
+    assert loops <= prepared, loops - prepared
+
+
+def test_the_driver_prepares_as_a_worker_and_is_itself_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of threads decides which loops run, and a worker's is not the driver's."""
+    state = lambda: (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())  # noqa: E731
+    found = []
+    monkeypatch.setattr(driver, "pass_gate", lambda *_: found.append(state()))
+    monkeypatch.setattr(driver, "rehearse", lambda *_: found.append(state()))
+    before, generator = state(), torch.get_rng_state()
+    jobs = [dataclasses.replace(job, threads=threads) for threads in (1, 3)]
+    driver.prepare_kernels(jobs, Console(quiet=True), lambda: False)
+    assert found == [(1, True), (1, True), (3, True), (3, True)]
+    assert state() == before and torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_rehearsal_takes_the_jobs_batch_and_a_layer_of_each_kind(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    real = driver.build_model
+
+    def watched(spec: Any, config: Any, *rest: Any, **named: Any) -> Any:
+        built.append(config.layers)
+        model = real(spec, config, *rest, **named)
+        right = model.loss
+        model.loss = lambda tokens, targets: built.append(tuple(tokens.shape)) or right(tokens, targets)
+        return model
+
+    monkeypatch.setattr(driver, "build_model", watched)
+    deep = dataclasses.replace(job, config={**job.config, "model": {**job.config["model"], "layers": 6}})
+    spec = registry.load("gdn softmax")
+    with driver._as_a_worker(deep) as hardware:
+        driver.rehearse(deep, spec, hardware)
+    assert built == [2, (16, 682)]  # 2^18 / (24 * 16)
