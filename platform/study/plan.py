@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, unknown
-from ...kernels import backends
+from ...kernels import resolve_backend
 from ...recurrences.language_model import mlp_width
 from ...registry import origins
 from ...strict import plain
@@ -123,6 +123,7 @@ def _add_part(plan: Plan, part: Part, arms: list[Arm], data_of: list[PreparedTas
     parameters: dict[str, int] = {}
     for arm, data in zip(arms, data_of, strict=True):
         _check_training(arm, data)
+        _check_backend(arm, plan.resources)
         config = _arm_config(arm, data)
         decisive = {"part": part.name, **_decisive(config)}
         arm_hash = digest(decisive)
@@ -182,8 +183,6 @@ def digest(content: Mapping[str, Any]) -> str:
 
 
 def _check_training(arm: Arm, data: PreparedTask) -> None:
-    if arm.training.backend not in ("auto", *backends()):
-        raise unknown("backend", arm.training.backend, ("auto", *backends()), located("training.backend:", arm.places)[:-1])
     fewest = min(len(part) for part in parts_of(data.train))
     if arm.training.batch > fewest:
         raise UserError(
@@ -192,6 +191,16 @@ def _check_training(arm: Arm, data: PreparedTask) -> None:
                 arm.places,
             )
         )
+
+
+def _check_backend(arm: Arm, resources: ResourcesConfig) -> None:
+    """`UserError` for a backend that the trials' device does not have. What other machines have, their workers will say."""
+    if resources.address != "local":
+        return
+    try:
+        resolve_backend(arm.training.backend, "cuda" if resources.gpus_per_trial else "cpu")
+    except UserError as error:
+        raise UserError(located(f"training.{error}", arm.places)) from error
 
 
 def _baseline(part: Part, names: tuple[str, ...]) -> str:
