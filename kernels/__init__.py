@@ -18,7 +18,7 @@ from .dispatch import (
     inverse_gram_scan,
 )
 from .squash import Squash
-from .write_key import preconditioned_write_key
+from .write_key import hypergradient_write_key, preconditioned_write_key
 
 __all__ = [
     "Squash",
@@ -28,6 +28,7 @@ __all__ = [
     "explain_backend",
     "gram_solve",
     "hypergradient_scan",
+    "hypergradient_write_key",
     "inverse_gram_scan",
     "preconditioned_write_key",
     "resolve_backend",

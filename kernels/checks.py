@@ -114,26 +114,47 @@ def check_hypergradient_scan(
     anchor: Tensor | float | None,
     chunk_size: int,
     cu_seqlens: Tensor | None = None,
+    leading: str = "s",
 ) -> None:
-    """Raises `UserError` for the first argument of `hypergradient_scan` that cannot be used."""
-    B, T, H, K = _leading("s", s, "[B,T,H,K]")
+    """Raises `UserError` for the first argument of `hypergradient_scan` that cannot be used. `leading`: how s is called."""
+    B, T, H, K = _leading(leading, s, "[B,T,H,K]")
     N, legend = _sequences(cu_seqlens, B, T)
     if isinstance(step, Tensor):
-        _per_token("step", step, s, "s", (B, T, H))
+        _per_token("step", step, s, leading, (B, T, H))
     else:
         _number("step", step, instead="or a tensor [B,T,H]")
     for name, tensor in (("aware", aware), ("log_decay", log_decay)):
         if tensor is not None:
-            _per_token(name, tensor, s, "s", (B, T, H))
+            _per_token(name, tensor, s, leading, (B, T, H))
     if initial is not None:
         _shaped("initial", initial, f"[{legend},H,K]", (N, H, K))
-        _placed("initial", initial, s, "s")
+        _placed("initial", initial, s, leading)
     if box is not None:
         _box(box)
     if clip not in CLIPS:
         raise unknown("clip", clip, CLIPS, "clip")
-    _anchor(anchor, s, "s", (N, H, K), legend)
+    _anchor(anchor, s, leading, (N, H, K), legend)
     check_chunk_size(chunk_size)
+
+
+def check_hypergradient_write_key(
+    key: Tensor,
+    step: Tensor | float,
+    beta: Tensor | None,
+    aware: Tensor | None,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    box: tuple[float, float] | None,
+    clip: str,
+    anchor: Tensor | float | None,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raises `UserError` for the first argument of `hypergradient_write_key` that cannot be used."""
+    check_hypergradient_scan(key, step, aware, log_decay, initial, box, clip, anchor, chunk_size, cu_seqlens, leading="key")
+    if beta is not None:
+        B, T, H, _ = key.shape
+        _per_token("beta", beta, key, "key", (B, T, H))
 
 
 def check_inverse_gram_scan(

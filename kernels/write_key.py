@@ -1,13 +1,14 @@
-"""The diagonal preconditioner from key to write key in one call, which the Triton backend does in one pass."""
+"""An online preconditioner from key to write key in one call, which the Triton backend does in one pass."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import triton
 from .backends import resolve_backend
-from .checks import check_write_key
-from .dispatch import check_working_dtype, diagonal_scan
+from .checks import check_hypergradient_write_key, check_write_key
+from .dispatch import check_working_dtype, diagonal_scan, hypergradient_scan
 from .packing import packing_of
 from .precision import without_autocast, working_dtype
 from .squash import Squash
@@ -39,13 +40,10 @@ def preconditioned_write_key(
     Errors: `UserError` (a ValueError) that names the argument.
     """
     check_write_key(key, centre, beta, log_decay, gain, initial, chunk_size, cu_seqlens)
-    backend = resolve_backend(backend, key.device, key.shape[-1], key.shape[-1]) if backend != "auto" else backend
     dtype = working_dtype(key, beta, log_decay, gain, initial, centre)
-    if backend == "triton":
-        check_working_dtype(dtype)
+    if _fused(backend, key, dtype):
         packing = None if cu_seqlens is None else packing_of(cu_seqlens)
-        rows = key.shape[0] if packing is None else packing.sequences
-        first = key.new_zeros(rows, *key.shape[2:], dtype=dtype) if initial is None else initial
+        first = _first(initial, key, cu_seqlens, dtype)
         return triton.write_key(key, beta, log_decay, gain, first, centre, squash, packing)
     with without_autocast(key.device):
         wide = key.to(dtype)
@@ -53,3 +51,72 @@ def preconditioned_write_key(
         A, last = diagonal_scan(added, log_decay, initial, backend, chunk_size, cu_seqlens=cu_seqlens)
         w = squash.multiplier(A, centre.to(dtype)) * wide
         return (w if beta is None else beta.to(dtype).unsqueeze(-1) * w).to(key.dtype), last
+
+
+def hypergradient_write_key(
+    key: Tensor,
+    step: Tensor | float,
+    beta: Tensor | None = None,
+    aware: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    initial: Tensor | None = None,
+    box: tuple[float, float] | None = None,
+    clip: str = "token",
+    backend: str = "auto",
+    chunk_size: int = 64,
+    anchor: Tensor | float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The write key of the hypergradient preconditioner  [OSDN; recurrences.md, section 4.2], s = k^2 and b = `aware` or 1:
+
+        w_t = beta_t d_t k_t
+        d_{t+1} = clip( gamma_t d_t + (1 - gamma_t) anchor + step_t b_t (1 - b_t <d_t, s_t>) s_t, box ),  gamma = exp(log_decay)
+
+    Args:
+        key: unit keys k [B,T,H,K]. beta: [B,T,H], 1 when None.
+        step, aware, log_decay, initial, box, clip, anchor: as in `hypergradient_scan`.
+        backend, chunk_size, cu_seqlens: as in `delta_rule`; "triton" is fused, the others are `hypergradient_scan` and two
+            products. With clip="chunk" the chunk size is part of the function.
+
+    Returns: w [B,T,H,K] in the key's dtype, and d_{T+1} [B,H,K] in float32 or wider. Differentiable once in every tensor.
+    Errors: `UserError` (a ValueError) that names the argument.
+    """
+    check_hypergradient_write_key(key, step, beta, aware, log_decay, initial, box, clip, anchor, chunk_size, cu_seqlens)
+    numbers = [x for x in (step, anchor) if isinstance(x, Tensor)]
+    dtype = working_dtype(key, beta, aware, log_decay, initial, *numbers)
+    if _fused(backend, key, dtype):
+        packing = None if cu_seqlens is None else packing_of(cu_seqlens)
+        first = _first(initial, key, cu_seqlens, dtype)
+        # Where nothing is forgotten, nothing leads to the anchor.
+        goal = None if anchor is None or log_decay is None else _filled(anchor, first, dtype)
+        edges = None if box is None or clip == "none" else (float(box[0]), float(box[1]))
+        every = chunk_size if clip == "chunk" else 1
+        rate = step if isinstance(step, Tensor) else float(step)
+        return triton.hypergradient_write_key(key, beta, rate, aware, log_decay, first, goal, edges, every, packing)
+    with without_autocast(key.device):
+        wide = key.to(dtype)
+        d, last = hypergradient_scan(
+            wide.square(), step, aware, log_decay, initial, box, clip, backend, chunk_size, anchor, cu_seqlens
+        )
+        w = d * wide
+        return (w if beta is None else beta.to(dtype).unsqueeze(-1) * w).to(key.dtype), last
+
+
+def _fused(backend: str, key: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels that go from key to write key serve this call; an error where only they could, and do not."""
+    if resolve_backend(backend, key.device, key.shape[-1], key.shape[-1]) != "triton":
+        return False
+    check_working_dtype(dtype)
+    return True
+
+
+def _first(initial: Tensor | None, key: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The state before the first token, one per sequence."""
+    if initial is not None:
+        return initial
+    rows = len(key) if cu_seqlens is None else len(cu_seqlens) - 1
+    return key.new_zeros(rows, *key.shape[2:], dtype=dtype)
+
+
+def _filled(anchor: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return anchor if isinstance(anchor, Tensor) else torch.full_like(like, float(anchor), dtype=dtype)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import diagonal_scan, hypergradient_scan
+from ..kernels import diagonal_scan, hypergradient_scan, hypergradient_write_key
 from ..strict import check_ascending, option
 from .component import STABLE, Chosen, Forgetting, HeadShape, Preconditioner, component
 from .multipliers import SMALLEST_CURVATURE, Multiplier, Multiplies, Normaliser, inverse_softplus, largest_step
@@ -294,19 +294,28 @@ class Hypergradient(Multiplier):
         valid = f"eta <= {(1 + gamma) / beta**2:g}" if math.isfinite(beta) else "a bounded step size, or aware: false"
         return [f"{reach}; d is stable while it is <= 1 + gamma, and {falls}: valid is {valid}"]
 
+    def forward(self, told: Told, statistic: Tensor | None) -> Preconditioned:
+        plain = (self.config.side, self.config.control, self.config.normalise) == ("write", "none", "none")
+        # A class that derives from this one may have a multiplier of its own.
+        if not (plain and told.unit_keys and type(self).multiplier is Hypergradient.multiplier):
+            return super().forward(told, statistic)
+        key, last = hypergradient_write_key(told.key, **self._recurrence(told, statistic))
+        return Preconditioned(key, told.query, last)
+
     def multiplier(self, told: Told, key: Tensor, statistic: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return hypergradient_scan(key.square(), **self._recurrence(told, statistic))
+
+    def _recurrence(self, told: Told, statistic: Tensor | None) -> dict[str, Any]:
+        """The arguments of d's recurrence."""
         assert statistic is not None, "the mixer hands in initial_statistic() at the first token"
         config, forget = self.config, told.forget
-        eta: float | Tensor = config.eta if forget.gain is None else config.eta * forget.gain
-        anchor = {"zero": None, "one": 1.0, "initial": self.initial_statistic(key.shape[0])}[forget.anchor]
-        return hypergradient_scan(
-            key.square(),
-            eta,
-            told.beta if config.aware else None,
-            forget.log_decay,
-            statistic,
-            box=config.box,
-            clip=config.clip,
-            backend=told.backend,
-            anchor=anchor,
-        )
+        return {
+            "step": config.eta if forget.gain is None else config.eta * forget.gain,
+            "aware": told.beta if config.aware else None,
+            "log_decay": forget.log_decay,
+            "initial": statistic,
+            "box": config.box,
+            "clip": config.clip,
+            "backend": told.backend,
+            "anchor": {"zero": None, "one": 1.0, "initial": self.initial_statistic(len(told.key))}[forget.anchor],
+        }

@@ -25,7 +25,15 @@ LONGEST_WIDTH = 256
 """Of a key or value head: the state of one program, and the operands of its products, must fit a multiprocessor."""
 OLDEST_ARCHITECTURE = (8, 0)
 
-__all__ = ["available", "delta_rule", "diagonal_scan", "hypergradient_scan", "supports", "write_key"]
+__all__ = [
+    "available",
+    "delta_rule",
+    "diagonal_scan",
+    "hypergradient_scan",
+    "hypergradient_write_key",
+    "supports",
+    "write_key",
+]
 
 
 def available(device: torch.device | str) -> bool:
@@ -84,9 +92,9 @@ def write_key(
     packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.preconditioned_write_key` on checked inputs: w in the key's dtype, the last A in float32."""
-    from . import diagonal_write_key
+    from . import write_key_diagonal
 
-    return diagonal_write_key.write_key(diagonal_write_key.Inputs(key, beta, log_decay, gain, initial, centre), squash, packing)
+    return write_key_diagonal.write_key(write_key_diagonal.Inputs(key, beta, log_decay, gain, initial, centre), squash, packing)
 
 
 def hypergradient_scan(
@@ -104,3 +112,23 @@ def hypergradient_scan(
     from . import scans
 
     return scans.hypergradient_scan(s, step, aware, log_decay, initial, anchor, box, clip_every, packing)
+
+
+def hypergradient_write_key(
+    key: Tensor,
+    beta: Tensor | None,
+    step: Tensor | float,
+    aware: Tensor | None,
+    log_decay: Tensor | None,
+    initial: Tensor,
+    anchor: Tensor | None,
+    box: tuple[float, float] | None,
+    clip_every: int,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.hypergradient_write_key` on checked inputs: w in the key's dtype, d_{T+1} in float32."""
+    from . import scans, write_key_hypergradient
+
+    rates, eta = (step, 0.0) if isinstance(step, Tensor) else (None, step)
+    x = write_key_hypergradient.Inputs(key, beta, rates, aware, log_decay, initial, anchor)
+    return scans.hypergradient_write_key(x, write_key_hypergradient.Rule(eta, box, clip_every), packing)

@@ -1,4 +1,4 @@
-"""The scans of the online preconditioners behind autograd."""
+"""The scans of the online preconditioners, and the hypergradient's write key, behind autograd."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from ..packing import Packing
 from . import scan_diagonal as diagonal
 from . import scan_hypergradient as hypergradient
+from . import write_key_hypergradient as write_key
+from . import write_key_hypergradient_adjoint as write_key_adjoint
 from .scan_hypergradient import Box, Inputs
 
 
@@ -34,6 +36,14 @@ def hypergradient_scan(
 ) -> tuple[Tensor, Tensor]:
     tensors = [_contiguous(x) for x in (s, step, aware, log_decay, initial, anchor)]
     result: tuple[Tensor, Tensor] = _HypergradientScan.apply(*tensors, box, clip_every, packing)  # type: ignore[no-untyped-call]
+    return result
+
+
+def hypergradient_write_key(x: write_key.Inputs, rule: write_key.Rule, packing: Packing | None) -> tuple[Tensor, Tensor]:
+    numbers = [None if tensor is None else tensor.float().contiguous() for tensor in x[1:]]
+    result: tuple[Tensor, Tensor] = _HypergradientWriteKey.apply(  # type: ignore[no-untyped-call]
+        x.key.contiguous(), *numbers, rule, packing
+    )
     return result
 
 
@@ -81,3 +91,22 @@ class _HypergradientScan(torch.autograd.Function):
         found = hypergradient.hypergradient_scan_adjoint(_given(dD, D), _given(d_last, x.first.float()), x, D, *ctx.options)
         gradients = [None if d is None else d.to(t.dtype) for d, t in zip(found, tensors, strict=True)]
         return (*gradients, None, None, None)
+
+
+class _HypergradientWriteKey(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, rule, packing = arguments
+        W, last, kept = write_key.forward(write_key.Inputs(*tensors), rule, packing, keep=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*tensors, *(kept or ()))
+        ctx.options = rule, packing
+        ctx.set_materialize_grads(False)
+        return W, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dW: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, D, cut = ctx.saved_tensors
+        x, (rule, packing) = write_key.Inputs(*tensors), ctx.options
+        dW, d_last, kept = _given(dW, x.key), _given(d_last, x.first), write_key.Kept(D, cut)
+        return (*write_key_adjoint.backward(dW, d_last, x, rule, kept, packing), None, None)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UserError, unknown
-from ...kernels import Squash, delta_rule, hypergradient_scan, preconditioned_write_key
+from ...kernels import Squash, delta_rule, hypergradient_write_key, preconditioned_write_key
 
 GATES = ("none", "scalar", "channel")
 PRECONDITIONERS = ("none", "diagonal", "hypergradient")
@@ -139,8 +139,7 @@ def write_key(rule: Rule, x: Inputs, backend: str, statistic: Tensor | None = No
     if rule.preconditioner == "hypergradient":
         aware = None if rule.gate == "none" else beta
         first = x["first"] if statistic is None else statistic
-        d, last = hypergradient_scan(k.square(), aware=aware, initial=first, clip="token", backend=backend, **rule.scan)
-        return (beta[..., None] * (d * k)).to(k.dtype), last
+        return hypergradient_write_key(k, beta=beta, aware=aware, initial=first, clip="token", backend=backend, **rule.scan)
     return None, None
 
 

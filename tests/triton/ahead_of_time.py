@@ -28,7 +28,13 @@ from dataclasses import dataclass
 from typing import Any
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TYPES = {"torch.bfloat16": "*bf16", "torch.float16": "*fp16", "torch.float32": "*fp32", "torch.int64": "*i64"}
+TYPES = {
+    "torch.bfloat16": "*bf16",
+    "torch.float16": "*fp16",
+    "torch.float32": "*fp32",
+    "torch.int32": "*i32",
+    "torch.int64": "*i64",
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,7 @@ def record(gate: str, erase: bool, width: int, dtype: Any, arch: int, packed: bo
     import torch
 
     from deltalab.kernels.packing import Packing
-    from deltalab.kernels.squash import Squash
-    from deltalab.kernels.triton import autograd, chunk, diagonal_write_key, launch, recurrent, scan_diagonal, scan_hypergradient
+    from deltalab.kernels.triton import autograd, chunk, launch, recurrent, scan_diagonal, scan_hypergradient
 
     N, packing = (3, Packing((0, 100, 100, 256))) if packed else (2, None)
 
@@ -85,16 +90,31 @@ def record(gate: str, erase: bool, width: int, dtype: Any, arch: int, packed: bo
             given = scan_hypergradient.Inputs(x, number, forget, forget, d, d if erase else None)
             D, last = scan_hypergradient.hypergradient_scan(given, box, 1, packing)
             scan_hypergradient.hypergradient_scan_adjoint(D, last, given, D, box, 1, packing)
-        # From key to write key, in the inputs' dtype.
-        kinds = ("softsign", "tanh", "none") if erase else ("softsign",)
-        for kind, interval in zip(kinds, ("symmetric", "below", "above"), strict=False):
-            keys = diagonal_write_key.Inputs(q, number, forget, number if erase else None, d, d[0, :, 0])
-            squash = Squash(kind=kind, interval=interval)
-            W, last, entering, decays = diagonal_write_key.forward(keys, squash, packing)
-            diagonal_write_key.backward(W, last, keys, squash, entering, decays, packing)
+        fuse_write_keys(q, number, forget, number if erase else None, d, packing)
     finally:
         launch.recorder = None
     return found
+
+
+def fuse_write_keys(key: Any, number: Any, forget: Any, more: Any, first: Any, packing: Any) -> None:
+    """From key to write key and back, in the key's dtype. `number`, `forget` (or none) and `more` (or none): one per token."""
+    from deltalab.kernels.squash import Squash
+    from deltalab.kernels.triton import write_key_diagonal as diagonal
+    from deltalab.kernels.triton import write_key_hypergradient as hypergradient
+    from deltalab.kernels.triton import write_key_hypergradient_adjoint as adjoint
+
+    kinds = ("softsign",) if more is None else ("softsign", "tanh", "none")
+    for kind, interval in zip(kinds, ("symmetric", "below", "above"), strict=False):
+        keys = diagonal.Inputs(key, number, forget, more, first, first[0, :, 0])
+        squash = Squash(kind=kind, interval=interval)
+        W, last, entering, decays = diagonal.forward(keys, squash, packing)
+        diagonal.backward(W, last, keys, squash, entering, decays, packing)
+    for box in (None, (0.5, 2.0)):
+        given = hypergradient.Inputs(key, number, more, forget, forget, first, None if more is None else first)
+        rule = hypergradient.Rule(1.0, box, 1)
+        hypergradient.forward(given, rule, packing, keep=False)
+        W, last, kept = hypergradient.forward(given, rule, packing, keep=True)
+        adjoint.backward(W, last, given, rule, kept, packing)
 
 
 def compile_launch(binary: Binary) -> Any:

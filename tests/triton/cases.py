@@ -201,3 +201,58 @@ PLANTED_WRITES = [
     Write(fault="squash a little steeper"),
     Write(fault="a sequence starts one token late", T=sum(LENGTHS), lengths=LENGTHS),
 ]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """One call of the hypergradient's fused write key."""
+
+    beta: bool = True
+    step: bool = False
+    aware: bool = False
+    gate: bool = False
+    anchor: bool = False
+    box: tuple[float, float] | None = None
+    every: int = 1
+    dtype: str = "float32"
+    T: int = 41
+    K: int = 24
+    B: int = 1
+    H: int = 2
+    lengths: tuple[int, ...] = ()
+    reset: bool = False
+    fault: str | None = None
+
+    @property
+    def name(self) -> str:
+        words = [word for word in ("beta", "step", "aware", "gate", "anchor", "reset") if getattr(self, word)]
+        words += [f"box{self.box[0]:g}-{self.box[1]:g}-every{self.every}"] if self.box else []
+        words += ["packed"] if self.lengths else []
+        name = "-".join(["write-hypergradient", self.dtype, *words, f"B{self.B}", f"T{self.T}", f"K{self.K}"])
+        return name + (f" {self.fault}" if self.fault else "")
+
+
+def _everything_about_d() -> list[Hypergradient]:
+    box, full = (0.9, 1.1), Hypergradient(step=True, aware=True, gate=True, anchor=True)
+    bounded = replace(full, box=box)
+    found = [full, bounded, Hypergradient(), Hypergradient(beta=False, box=box)]
+    found += [replace(case, dtype="float16", H=1) for case in (full, bounded)]
+    # Ends after one, two, three and four of four tokens that the box cuts; one token.
+    found += [Hypergradient(box=box, T=T, H=1) for T in (5, 6, 7, 8, 1)]
+    # The box after every few tokens alone, which need not be the last of four.
+    found += [Hypergradient(box=box, every=every, gate=True, H=1) for every in (3, 16)]
+    found += [Hypergradient(box=(0.0, math.inf), T=35, K=72, H=1), replace(full, T=33, B=2, H=1)]
+    found += [replace(bounded, reset=True, H=1), replace(full, reset=True, H=1)]
+    # Longer than a chunk, of 32 tokens; empty sequences between.
+    found += [replace(case, T=sum(LENGTHS), lengths=LENGTHS) for case in (full, bounded)]
+    found.append(replace(bounded, T=40, lengths=(3, 37), H=1))
+    return found
+
+
+HYPERGRADIENTS = _everything_about_d()
+PLANTED_HYPERGRADIENTS = [
+    Hypergradient(box=(0.9, 1.1), fault="box a little wider"),
+    Hypergradient(box=(0.9, 1.1), fault="box forgotten on the way back"),
+    Hypergradient(fault="a chunk entered with nothing"),
+    Hypergradient(gate=True, T=sum(LENGTHS), lengths=LENGTHS, fault="a sequence starts one token late"),
+]

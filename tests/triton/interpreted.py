@@ -16,17 +16,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from cases import CASES, PLANTED, PLANTED_SCANS, PLANTED_WRITES, SCANS, WRITES, Case, Scan, Write
+from cases import (
+    CASES,
+    HYPERGRADIENTS,
+    PLANTED,
+    PLANTED_HYPERGRADIENTS,
+    PLANTED_SCANS,
+    PLANTED_WRITES,
+    SCANS,
+    WRITES,
+    Case,
+    Hypergradient,
+    Scan,
+    Write,
+)
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltalab.kernels import Squash, chunked, preconditioned_write_key, reference
+from deltalab.kernels import Squash, chunked, hypergradient_write_key, preconditioned_write_key, reference
 from deltalab.kernels import triton as gpu
 from deltalab.kernels.packing import Call, Packing, one_by_one
 from deltalab.kernels.triton import launch
@@ -142,10 +156,14 @@ def kernels(case: Case, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory is NaN: what a kernel forgets to write, or reads before it is written, shows."""
+    """Fresh memory is NaN (a whole number: the lowest): what a kernel forgets to write, or reads before it is written, shows."""
     empty, empty_like = torch.empty, torch.empty_like
-    torch.empty = lambda *a, **k: empty(*a, **k).fill_(torch.nan)  # type: ignore[assignment]
-    torch.empty_like = lambda *a, **k: empty_like(*a, **k).fill_(torch.nan)
+
+    def poison(x: Tensor) -> Tensor:
+        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).min)
+
+    torch.empty = lambda *a, **k: poison(empty(*a, **k))  # type: ignore[assignment]
+    torch.empty_like = lambda *a, **k: poison(empty_like(*a, **k))
     try:
         yield
     finally:
@@ -174,6 +192,10 @@ def planted(fault: str | None) -> Iterator[None]:
             arguments["S_all"][1:] = arguments["S_all"][:-1].clone()
         elif fault == "last token left out" and name == "outputs_kernel":
             arguments["O"][:, -1] = 0
+        elif fault == "box forgotten on the way back" and name == "hypergradient_write_key_kernel":
+            arguments["cut"].zero_()
+        elif fault == "a chunk entered with nothing" and name == "hypergradient_carry_adjoint_kernel":
+            arguments["leaving"][0] = 0
         elif fault == "a chunk's sum left out" and name == "chunk_totals_kernel":
             arguments["totals"][1] = 0
         elif fault == "decay gradient without the state's part" and name == "states_kernel":
@@ -296,15 +318,54 @@ def compare_write(case: Write) -> dict[str, Any]:
     return judged(found, exact, oracle, prefix)
 
 
+def compare_hypergradient(case: Hypergradient) -> dict[str, Any]:
+    """As `compare`; the same formula in the working precision is the definition in float32."""
+    torch.manual_seed(0)
+    B, T, H, K, N = case.B, case.T, case.H, case.K, len(case.lengths) or case.B
+    decay = -(torch.rand(B, T, H) ** 3) if case.gate else None
+    if decay is not None and case.reset:
+        decay[:, 9] = -torch.inf
+    # As in `compare_scan`: no step below the rounding of d, and d within reach of the box.
+    signs = torch.where(torch.rand(B, T, H, K) < 0.5, -1.0, 1.0)
+    given = {
+        "key": normalize(signs * (0.3 + torch.rand(B, T, H, K)), dim=-1).to(getattr(torch, case.dtype)),
+        "beta": torch.rand(B, T, H) if case.beta else None,
+        "aware": 0.2 + 0.8 * torch.rand(B, T, H) if case.aware else None,
+        "log_decay": decay,
+        "initial": (1.0 if case.box else 0.5) + 0.1 * torch.randn(N, H, K),
+        "anchor": torch.ones(N, H, K) if case.anchor else None,
+    } | ({"step": 0.2 + torch.rand(B, T, H)} if case.step else {})
+    packing = packing_of(case.lengths)
+    starts = None if packing is None else torch.tensor(packing.starts)
+    number = {} if case.step else {"step": 0.7}
+
+    def define(**x: Any) -> tuple[Tensor, Tensor]:
+        clip: dict[str, Any] = {"clip": "chunk", "chunk_size": case.every} if case.every > 1 else {}
+        return hypergradient_write_key(**x, **number, **clip, box=case.box, backend="reference", cu_seqlens=starts)
+
+    wide = {name: None if x is None else x.double() for name, x in given.items()}
+    exact, oracle = results(define, wide, True), results(define, given, True)
+    box = case.box
+    if box is not None and case.fault == "box a little wider":
+        box = (box[0] - 1e-4, box[1] + 1e-4)
+    with poisoned(), planted(case.fault):
+        fused = partial(gpu.hypergradient_write_key, box=box, clip_every=case.every, packing=packing, **number)
+        return judged(results(fused, given, True), exact, oracle, 0.0)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     wanted = sys.argv[1:]
-    for case in [*CASES, *PLANTED, *SCANS, *PLANTED_SCANS, *WRITES, *PLANTED_WRITES]:
+    comparisons = {Case: compare, Scan: compare_scan, Write: compare_write, Hypergradient: compare_hypergradient}
+    faultless, faulty = (
+        (*CASES, *SCANS, *WRITES, *HYPERGRADIENTS),
+        (*PLANTED, *PLANTED_SCANS, *PLANTED_WRITES, *PLANTED_HYPERGRADIENTS),
+    )
+    for case in (*faultless, *faulty):
         if wanted and not any(word in case.name for word in wanted):
             continue
         began = time.perf_counter()
-        compared = {Case: compare, Scan: compare_scan, Write: compare_write}[type(case)]
-        table = compared(case)
+        table = comparisons[type(case)](case)
         print(json.dumps({"case": case.name, "seconds": round(time.perf_counter() - began, 2), "tensors": table}), flush=True)
 
 

@@ -19,6 +19,7 @@ KERNELS = {
     "chunk_totals_kernel", "carry_kernel", "diagonal_scan_kernel", "diagonal_scan_adjoint_kernel",
     "hypergradient_scan_kernel", "hypergradient_scan_adjoint_kernel",
     "write_key_kernel", "write_key_totals_kernel", "write_key_adjoint_kernel",
+    "hypergradient_write_key_kernel", "hypergradient_carry_adjoint_kernel", "hypergradient_write_key_adjoint_kernel",
 }  # fmt: skip
 ARCHITECTURES = (80, 90, 100)
 WIDTHS = ("16", "64", "96", "128", "256")

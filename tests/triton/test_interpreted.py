@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from .cases import CASES, PLANTED, PLANTED_SCANS, PLANTED_WRITES, SCANS, WRITES
+from .cases import (
+    CASES,
+    HYPERGRADIENTS,
+    PLANTED,
+    PLANTED_HYPERGRADIENTS,
+    PLANTED_SCANS,
+    PLANTED_WRITES,
+    SCANS,
+    WRITES,
+)
 
 SCRIPT = Path(__file__).parent / "interpreted.py"
 
@@ -60,7 +69,17 @@ def test_fused_write_keys_equal_the_definition(case, found):
     assert not wrong
 
 
-@pytest.mark.parametrize("case", [*PLANTED, *PLANTED_SCANS, *PLANTED_WRITES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", HYPERGRADIENTS, ids=lambda case: case.name)
+def test_fused_hypergradients_equal_the_definition(case, found):
+    tensors = found[case.name]
+    names = {"key", "initial"} | {name for name in ("beta", "step", "aware", "anchor") if getattr(case, name)}
+    names |= {"log_decay"} if case.gate else set()
+    assert tensors.keys() == {"output", "final"} | {f"gradient of {name}" for name in names}
+    wrong = {name: row for name, row in tensors.items() if not row["ok"]}
+    assert not wrong
+
+
+@pytest.mark.parametrize("case", [*PLANTED, *PLANTED_SCANS, *PLANTED_WRITES, *PLANTED_HYPERGRADIENTS], ids=lambda case: case.name)
 def test_a_planted_fault_is_found(case, found):
     """The same comparison, after one kernel's result was damaged: it must not pass."""
     assert any(not row["ok"] for row in found[case.name].values())
