@@ -93,6 +93,13 @@ class Multiplier(Preconditioner):
     def cautions(cls, config: Any, spec: Chosen) -> list[str]:
         return too_long(config, spec, cls.largest(config), cls.remedy) if config.normalise == "none" else []
 
+    def goes_straight(self, told: Told, kind: type[Multiplier]) -> bool:
+        """Whether nothing but the write key is multiplied by m, and by `kind`'s (a class that derives from it may have its own):
+        then one kernel may go from key to write key."""
+        config = self.config
+        plain = (config.side, config.control, config.normalise) == ("write", "none", "none")
+        return plain and told.unit_keys and type(self).multiplier is kind.multiplier
+
     def forward(self, told: Told, statistic: Tensor | None) -> Preconditioned:
         direction = told.key if told.unit_keys else F.normalize(told.key, dim=-1)
         m, statistic = self.multiplier(told, direction, statistic)

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import diagonal_scan, hypergradient_scan, hypergradient_write_key
+from ..kernels import Squash, diagonal_scan, hypergradient_scan, hypergradient_write_key, preconditioned_write_key
 from ..strict import check_ascending, option
 from .component import STABLE, Chosen, Forgetting, HeadShape, Preconditioner, component
-from .multipliers import SMALLEST_CURVATURE, Multiplier, Multiplies, Normaliser, inverse_softplus, largest_step
+from .multipliers import Multiplier, Multiplies, Normaliser, inverse_softplus, largest_step
 from .signals import Forget, Preconditioned, Told, wide
 
 
@@ -83,6 +83,7 @@ class Diagonal(_Accumulating):
     def __init__(self, config: Any, shape: HeadShape) -> None:
         super().__init__(config, shape)
         self.centre = nn.Parameter(torch.empty(shape.heads))
+        self.squash = Squash(config.x, config.exponent, config.squash, config.interval)
 
     def initialise(self, generator: torch.Generator) -> None:
         self.centre.fill_(self.config.centre)
@@ -104,19 +105,20 @@ class Diagonal(_Accumulating):
             found.append(f"interval: {config.interval} has no effect with squash: none")
         return found
 
+    def forward(self, told: Told, statistic: Tensor | None) -> Preconditioned:
+        forget = told.forget
+        if not (self.goes_straight(told, Diagonal) and self.config.current and forget.anchor == "zero"):
+            return super().forward(told, statistic)
+        key, last = preconditioned_write_key(
+            told.key, self.centre, self.squash, None, forget.log_decay, forget.gain, statistic, told.backend
+        )
+        return Preconditioned(key, told.query, last)
+
     def multiplier(self, told: Told, key: Tensor, statistic: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert statistic is not None, "the mixer hands in initial_statistic() at the first token"
         totals, last = self.accumulated(_added(key.square(), told.forget), told.forget, statistic, told.backend)
         curvature = totals if self.config.current else before_each(totals, statistic.to(totals.dtype))
-        r = self.config.exponent * (torch.log(curvature + SMALLEST_CURVATURE) - self.centre.unsqueeze(-1))
-        return torch.exp(math.log(self.config.x) * self._power(r)), last
-
-    def _power(self, r: Tensor) -> Tensor:
-        """The exponent of x, from -s in (-1, 1)."""
-        if self.config.squash == "none":
-            return -r
-        s = torch.tanh(r) if self.config.squash == "tanh" else r / (1 + r.abs())
-        return {"symmetric": -s, "below": -(1 + s) / 2, "above": (1 - s) / 2}[self.config.interval]
+        return self.squash.multiplier(curvature, self.centre), last
 
 
 @component("preconditioner", "diagonal_raw")
@@ -295,9 +297,7 @@ class Hypergradient(Multiplier):
         return [f"{reach}; d is stable while it is <= 1 + gamma, and {falls}: valid is {valid}"]
 
     def forward(self, told: Told, statistic: Tensor | None) -> Preconditioned:
-        plain = (self.config.side, self.config.control, self.config.normalise) == ("write", "none", "none")
-        # A class that derives from this one may have a multiplier of its own.
-        if not (plain and told.unit_keys and type(self).multiplier is Hypergradient.multiplier):
+        if not self.goes_straight(told, Hypergradient):
             return super().forward(told, statistic)
         key, last = hypergradient_write_key(told.key, **self._recurrence(told, statistic))
         return Preconditioned(key, told.query, last)

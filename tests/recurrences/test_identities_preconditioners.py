@@ -13,6 +13,8 @@ from torch.nn.functional import normalize
 
 from deltalab.kernels import hypergradient_scan
 from deltalab.recurrences import HeadShape, choose, initialise
+from deltalab.recurrences import preconditioners as module
+from deltalab.recurrences.multipliers import Multiplier
 from deltalab.recurrences.signals import Forget, Told
 
 from .support import EXACTLY, enliven, mixer_of, tokens
@@ -331,3 +333,30 @@ def test_the_rest_level_of_adaptive_forgetting() -> None:
     log = torch.full((1, 4000, 1), math.log(gamma), dtype=torch.float64)
     _, last = hypergradient_scan(key.square(), eta, None, log, torch.zeros(1, 1, 4, dtype=torch.float64))
     torch.testing.assert_close(last, torch.full_like(last, eta / (eta + 4 * (1 - gamma))), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("choice", "name"),
+    [
+        ({"name": "diagonal"}, "preconditioned_write_key"),
+        ({"name": "diagonal", "squash": "tanh", "exponent": 2.0, "interval": "above"}, "preconditioned_write_key"),
+        ({"name": "hypergradient", "aware": True, "box": [0.5, 2.0], "initial": 1.0}, "hypergradient_write_key"),
+    ],
+)
+def test_from_key_to_write_key_is_the_multiplier_times_the_key(
+    choice: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call of a kernel where nothing else is multiplied, bit for bit what the multiplier and the product are."""
+    preconditioner, calls = built(choice), []
+    kernel = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **given: calls.append(name) or kernel(*args, **given))
+    log_decay, gain = -torch.rand(B, T, H, dtype=torch.float64), torch.rand(B, T, H, dtype=torch.float64)
+    for forget in (Forget(), Forget(log_decay), Forget(log_decay, gain)):
+        given = told(forget=forget)
+        straight = preconditioner(given, preconditioner.initial_statistic(B))
+        by_parts = Multiplier.forward(preconditioner, given, preconditioner.initial_statistic(B))
+        assert torch.equal(straight.key, by_parts.key) and torch.equal(straight.statistic, by_parts.statistic)
+    assert len(calls) == 3
+    around = built({**choice, "side": "both"})
+    around(told(), around.initial_statistic(B))
+    assert len(calls) == 3, "a query that is multiplied too needs the multiplier itself"
