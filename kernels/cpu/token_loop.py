@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..precision import decay_exp_
-from .launch import arrays, launch, scalar
+from .launch import arrays, fresh, launch, scalar
 
 _WORTH_PARTS = 1 << 22
 """Numbers worked on (state x tokens) from which a head is cut in parts for threads that would have none."""
@@ -61,8 +61,8 @@ class _TokenLoop(torch.autograd.Function):
         decay, first = _decay(log_decay, rows), _state(initial, (B, H, keys, values), rows)
         keeps, parts = any(ctx.needs_input_grad), _parts(B * H, T * keys * values)
         key = (*_variant(K, V, erase, scaled, dtype), *([f"in {parts} parts"] if parts > 1 else []))
-        o, errors, final = torch.empty_like(value), value.new_empty(B, T, H, values), torch.empty_like(first)
-        kept = rows.new_empty(B, H, -(-T // block(keys, values)) if keeps else 0, keys, values)
+        o, errors, final = fresh(v.shape, dtype), fresh((B, T, H, values), dtype), torch.empty_like(first)
+        kept = fresh((B, H, -(-T // block(keys, values)) if keeps else 0, keys, values), dtype)
         if T:
             with launch("token loop", key, B * H * T * keys * values):
                 forward_loop((K, V), erase, scaled, parts)(
@@ -89,8 +89,8 @@ class _TokenLoop(torch.autograd.Function):
         erase, scaled = ctx.erase, ctx.scaled
         upstream = errors.new_zeros(B, T, H, V) if d_o is None else d_o.to(dtype).contiguous()
         leaving = _state(d_final, (B, H, keys, values), rows)
-        dq, dw, d_beta, dv, d_log = (torch.empty_like(x) for x in (rows, write, factor, upstream, decay))
-        dr = torch.empty_like(read) if erase and not scaled else dw
+        dq, dw, d_beta, dv, d_log = (fresh(x.shape, dtype) for x in (rows, write, factor, upstream, decay))
+        dr = fresh(read.shape, dtype) if erase and not scaled else dw
         d_initial = torch.empty_like(leaving)
         if T:
             with launch("token loop's backward", _variant(K, V, erase, scaled, dtype), B * H * T * keys * values):
