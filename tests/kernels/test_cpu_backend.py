@@ -6,6 +6,7 @@ Every pair of (widths, erase, dtype) is compiled, seconds each, so there are few
 from __future__ import annotations
 
 import itertools
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -264,3 +265,18 @@ def test_the_loops_are_kept_on_disk(tmp_path: Path) -> None:
         for changed in ([], [], ["changed"])
     ]
     assert [run.stdout.strip() for run in hits] == ["0", "1", "0"]
+
+
+def test_large_results_are_asked_for_on_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole pages, none beyond the tensor; small ones as they come; and nothing is lost where the system says no."""
+    from deltalab.kernels.cpu import launch
+
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(launch, "_advise", lambda: lambda start, size, _: asked.append((start, size)) or -1)
+    assert launch.fresh((3, 5), torch.float64).shape == (3, 5) and not asked
+    large = launch.fresh((launch._MAPPED_ANEW // 4 + 3,), torch.float32)
+    ((start, size),) = asked
+    assert start % mmap.PAGESIZE == size % mmap.PAGESIZE == 0
+    assert large.data_ptr() <= start and start + size <= large.data_ptr() + large.nbytes
+    assert size > large.nbytes - 2 * mmap.PAGESIZE
+    assert large.fill_(1).sum() == large.numel()
