@@ -19,7 +19,7 @@ from ..kernels.decode import FEW, Token
 from .erase import ChannelErase, DeltaErase, NoErase, NoFeedback, ReadKeyFeedback, ScaledErase
 from .forgetting import ConstantForgetting, GatedForgetting, LearnedForgetting, NoForgetting, TiedForgetting, TokenForgetting
 from .gates import ChannelGate, ChannelSigmoidGate, FixedGate, NoGate, ScalarGate, ScalarSigmoidGate
-from .layers import L2_EPS, Projection, RMSNorm, ShortConvolution
+from .layers import L2_EPS, Projection, RMSNorm, ShortConvolution, Skip
 from .preconditioners import Diagonal, Hypergradient, NoPreconditioner
 from .step_sizes import Constant, ErrorFree, Kaczmarz, Longhorn, One, Sigmoid, TimeStep
 from .value_gains import ChannelGain, InverseNorm, LearnedGain, NoGain
@@ -127,8 +127,6 @@ def around_of(norm: Any, mlp_norm: Any, up: nn.Module | None = None, down: nn.Mo
 
 def layer_of(mixer: RecurrentMixer) -> Layer | None:
     """What a compiled token is told once for all, where it serves this layer; None where it does not."""
-    from .mixer import Skip
-
     spec, shape, block = mixer.spec, mixer.shape, mixer.block
     laws = all(type(part) in _LAWS for part in (mixer.gate, mixer.forgetting)) and type(mixer.step_size) in _STEPS
     reads = type(mixer.erase) in _ERASES and type(mixer.feedback) in (NoFeedback, ReadKeyFeedback)

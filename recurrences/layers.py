@@ -1,4 +1,4 @@
-"""The layers around a recurrence: projection, short convolution, norms. Each one knows its own initial values.
+"""The layers around a recurrence: projection, short convolution, norms, skip. Each one knows its own initial values.
 
 B batch, T time, D model width, C channels.
 """
@@ -120,3 +120,26 @@ def activate(x: Tensor, name: str) -> Tensor:
 def l2_normalise(x: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + 1e-6) along the last dimension."""
     return normalise.l2_normalise(x, L2_EPS)
+
+
+def output_gate(width: int, rank: int, channels: int, kind: str) -> nn.Module | None:
+    """The projection of the output gate: none, full, or of a low rank with a bias (as in KDA's layer)."""
+    if kind == "none":
+        return None
+    if not rank:
+        return Projection(width, channels)
+    return nn.Sequential(Projection(width, rank), Projection(rank, channels, bias=True))
+
+
+class Skip(nn.Module):
+    """o + D v, D per head, starting at 1."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.D = nn.Parameter(torch.empty(heads))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        self.D.fill_(1.0)
+
+    def forward(self, o: Tensor, v: Tensor) -> Tensor:
+        return o + self.D.unsqueeze(-1) * v

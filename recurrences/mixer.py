@@ -22,7 +22,7 @@ from . import decoding
 from .component import Component, HeadShape
 from .forgetting import NoForgetting
 from .initialise import initialise
-from .layers import Projection, RMSNorm, ShortConvolution, activate, l2_normalise
+from .layers import Projection, RMSNorm, ShortConvolution, Skip, activate, l2_normalise, output_gate
 from .settings import Block
 from .signals import Forget, GateOutput, Step, Told, wide
 from .spec import LayerSpec, RecurrenceSpec
@@ -402,26 +402,3 @@ def _in_turn(steps: list[Step]) -> Step:
         return None if parts[0] is None else torch.stack(tuple(parts), dim=2).flatten(1, 2)
 
     return Step(*(in_turn(parts) for parts in zip(*steps, strict=True)))
-
-
-def output_gate(width: int, rank: int, channels: int, kind: str) -> nn.Module | None:
-    """The projection of the output gate: none, full, or of a low rank with a bias (as in KDA's layer)."""
-    if kind == "none":
-        return None
-    if not rank:
-        return Projection(width, channels)
-    return nn.Sequential(Projection(width, rank), Projection(rank, channels, bias=True))
-
-
-class Skip(nn.Module):
-    """o + D v, D per head, starting at 1."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.D = nn.Parameter(torch.empty(heads))
-
-    def initialise(self, generator: torch.Generator) -> None:
-        self.D.fill_(1.0)
-
-    def forward(self, o: Tensor, v: Tensor) -> Tensor:
-        return o + self.D.unsqueeze(-1) * v

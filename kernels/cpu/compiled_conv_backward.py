@@ -156,8 +156,7 @@ def backward_conv(W: int, silu: bool) -> Compiled:
         for index in prange(parts * stretches.shape[0]):
             part, stretch = index % parts, stretches[index // parts]
             c0, n, mine = stretch[0], stretch[1], pieces[stretch[2] : stretch[3]]
-            d, sums = np.zeros((MOST + W - 1) * n, w.dtype), np.zeros((W, n), w.dtype)
-            half = n + GAP
+            d, sums, half = np.zeros((MOST + W - 1) * n, w.dtype), np.zeros((W, n), w.dtype), n + GAP
             own, head = np.empty(2 * half, w.dtype), np.empty((MOST + W - 1) * C, x.dtype)
             row, begin = (part + 1) * B * P // parts, part * B * P // parts
             while row > begin:
@@ -187,22 +186,9 @@ def backward_conv(W: int, silu: bool) -> Compiled:
                             else:
                                 for h in range(0, width, unit):
                                     _pull_unit(  # type: ignore[call-arg]
-                                        source,
-                                        new,
-                                        w,
-                                        W,
-                                        active,
-                                        eps,
-                                        dy,
-                                        back + h,
-                                        d,
-                                        to + h,
-                                        c0 + place + h,
-                                        unit,
-                                        C,
-                                        own,
-                                        half,
-                                    )
+                                        source, new, w, W, active, eps, dy, back + h, d, to + h, c0 + place + h, unit, C,
+                                        own, half,
+                                    )  # fmt: skip
                     if first < last:
                         _push(source, at, w, W, d, dx, (b * P + first) * C, sums, rows, c0, n, C)  # type: ignore[call-arg]
                     if first == bottom:
