@@ -8,6 +8,7 @@ from torch import Tensor
 from . import triton
 from .backends import resolve_backend
 from .checks import check_hypergradient_write_key, check_write_key
+from .cpu import squashed
 from .dispatch import check_working_dtype, diagonal_scan, hypergradient_scan
 from .packing import packing_of
 from .precision import without_autocast, working_dtype
@@ -49,7 +50,7 @@ def preconditioned_write_key(
         wide = key.to(dtype)
         added = wide.square() if gain is None else gain.to(dtype).unsqueeze(-1) * wide.square()
         A, last = diagonal_scan(added, log_decay, initial, backend, chunk_size, cu_seqlens=cu_seqlens)
-        w = squash.multiplier(A, centre.to(dtype)) * wide
+        w = _squashed(A, wide, centre.to(dtype), squash, backend)
         return (w if beta is None else beta.to(dtype).unsqueeze(-1) * w).to(key.dtype), last
 
 
@@ -100,6 +101,13 @@ def hypergradient_write_key(
         )
         w = d * wide
         return (w if beta is None else beta.to(dtype).unsqueeze(-1) * w).to(key.dtype), last
+
+
+def _squashed(A: Tensor, key: Tensor, centre: Tensor, squash: Squash, backend: str) -> Tensor:
+    """squash(A) k, in one compiled pass where the backend has one."""
+    if resolve_backend(backend, key.device, key.shape[-1], key.shape[-1]) == "cpu" and squashed.serves(A, squash):
+        return squashed.times_key(A, key, centre, squash)
+    return squash.multiplier(A, centre) * key
 
 
 def _fused(backend: str, key: Tensor, dtype: torch.dtype) -> bool:

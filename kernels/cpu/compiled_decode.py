@@ -16,7 +16,7 @@ from numba import njit, prange
 
 from . import decode_places as place
 from .compiled import FASTMATH, GAP
-from .decode_code import SIGMOID, SILU, checksum, gate
+from .decode_code import SIGMOID, checksum, gate
 from .decode_parts import (
     COLUMNS,
     ROWS,
@@ -35,6 +35,7 @@ from .decode_parts import (
     rows_at,
     stepped,
 )
+from .law_code import SILU
 
 Compiled = Callable[..., None]
 

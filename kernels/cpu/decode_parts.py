@@ -20,12 +20,10 @@ from . import decode_places as place
 from .compiled import FASTMATH, GAP
 from .decode_code import (
     BOUNDED,
-    ELU1,
     LANES_4,
     LANES_8,
     LOG_SIGMOID,
     SIGMOID,
-    SILU,
     SOFTPLUS,
     activate,
     convolve,
@@ -34,6 +32,7 @@ from .decode_code import (
     remember,
     tile,
 )
+from .law_code import ELU1, SILU
 
 COLUMNS, ROWS = 3 + GAP, 5 + GAP
 """Rows of a head's local arrays [.,V] and [.,K], with some to spare."""

@@ -41,7 +41,7 @@ _MANTISSA = {4: 23, 8: 52}
 def sources() -> int:
     """A checksum of the vector code in other files than the loops'."""
     here = Path(__file__).parent
-    return zlib.crc32(b"".join((here / name).read_bytes() for name in ("vectors.py", "row_code.py")))
+    return zlib.crc32(b"".join((here / name).read_bytes() for name in ("vectors.py", "row_code.py", "law_code.py")))
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from deltalab.errors import UserError
 from deltalab.kernels import Squash, preconditioned_write_key
+from deltalab.kernels.cpu import squashed
 
 B, T, H, K = 2, 23, 2, 5
 
@@ -108,3 +109,56 @@ def test_errors():
         Squash(kind="softsing")
     with pytest.raises(UserError, match=r"squash.x: expected a number of at least 1, got 0.5"):
         Squash(x=0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------------ compiled
+
+
+def large(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Curvatures from 0 to 50, keys and centres, enough of them for the compiled loops; heads of no whole vector."""
+    A = 50 * torch.rand(2, 160, 3, 20, dtype=dtype) ** 4
+    A[0, 0] = 0
+    return tuple(x.requires_grad_() for x in (A, torch.randn_like(A), torch.randn(3, dtype=dtype)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("kind", "interval"), [("softsign", "symmetric"), ("softsign", "above"), ("tanh", "below")])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_compiled_multiplier_is_the_formula(kind: str, interval: str, dtype: torch.dtype, tolerance: float) -> None:
+    given, squash = large(dtype), Squash(1.7, 0.8, kind, interval)
+    assert squashed.serves(given[0], squash)
+    if kind == "tanh":  # the formula's own 1 - tanh^2 has few digits at a curvature of 0
+        given[0].data.clamp_(min=0.01)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    upstream = torch.randn_like(given[1])
+    found, wanted = squashed.times_key(*given, squash), squash.multiplier(exact[0], exact[2]) * exact[1]
+    pairs = [(found, wanted)]
+    pairs += zip(torch.autograd.grad(found, given, upstream), torch.autograd.grad(wanted, exact, upstream.double()), strict=True)
+    for one, other in pairs:
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def test_compiled_write_key_is_the_reference() -> None:
+    """Through the public function; what is not a number stays so; the bits do not depend on threads."""
+    B, T, H, K = 2, 130, 4, 16
+    key = normalize(torch.randn(B, T, H, K, dtype=torch.float64), dim=-1).requires_grad_()
+    centre, gain = torch.randn(H, dtype=torch.float64), torch.rand(B, T, H, dtype=torch.float64).requires_grad_()
+    log_decay, upstream = -torch.rand(B, T, H, dtype=torch.float64), torch.randn_like(key)
+
+    def run(backend: str, key: Tensor) -> list[Tensor]:
+        w, last = preconditioned_write_key(key, centre, Squash(), gain=gain, log_decay=log_decay, backend=backend)
+        return [w.detach(), last.detach(), *torch.autograd.grad(w, (key, gain), upstream)]
+
+    for one, other in zip(run("cpu", key), run("reference", key), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run("cpu", key)
+        torch.set_num_threads(2)
+        assert all(map(torch.equal, alone, run("cpu", key)))
+    finally:
+        torch.set_num_threads(threads)
+    broken = key.detach().clone()
+    broken[1, 3, 2, 5] = math.nan
+    found = run("cpu", broken.requires_grad_())[0]
+    assert found[1, 3:, 2, 5].isnan().all() and found[0].isfinite().all()
