@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from deltalab.platform.scheduling.trial import Job, run_trial
+from deltalab.platform.scheduling.trial import Job
 from deltalab.platform.training import load_checkpoint
 
 Lab = Any  # conftest.Lab: test folders are no packages, so its name cannot be imported
@@ -202,19 +206,38 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_user_is_told(continued: tuple
     assert out.count("was damaged; it is set aside and the trial starts from the beginning") == 2
 
 
+ALONE = """
+import json, sys
+from deltalab.platform.scheduling.trial import Job, run_trial
+points = []
+outcome = run_trial(Job(**json.load(sys.stdin)), lambda step, found: points.extend(found))
+print(json.dumps([outcome.status, outcome.error, outcome.measurements, points]))
+"""
+
+
 def test_a_worker_carries_nothing_from_trial_to_trial(continued: tuple[Lab, dict[str, str], str], tmp_path: Path) -> None:
-    """The last trial of each part ran in a worker that had run others before; alone it gives the same numbers."""
+    """The last trial of each part ran in a worker that had run others before; alone, in a process that has seen neither them nor
+    this suite, it gives the same numbers."""
     lab, _, _ = continued
     numbers, curves = lab.numbers(), lab.curves()
     alone = [row for row in lab.trials() if row.seed == 2]
     assert len(alone) == 3
     for row in alone:
-        key, points = (row.part, row.arm, row.seed), []
+        key = (row.part, row.arm, row.seed)
         job = Job(row.hash, dict(row.config), str(tmp_path / row.hash), str(tmp_path / "cache"), str(tmp_path / "stop"), 1)
-        outcome = run_trial(job, lambda step, found, points=points: points.extend(found))
-        assert outcome.status == "finished", outcome.error
-        assert {name: outcome.measurements[name] for name in numbers[key]} == numbers[key]
-        assert sorted(points) == sorted(curves[key])
+        run = subprocess.run(
+            [sys.executable, "-c", ALONE],
+            input=json.dumps(asdict(job)),
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        status, error, measurements, points = json.loads(run.stdout.splitlines()[-1])
+        assert status == "finished", error
+        assert {name: measurements[name] for name in numbers[key]} == numbers[key]
+        assert sorted(map(tuple, points)) == sorted(curves[key])
 
 
 # ---------------------------------------------------------------------------------------------------------------- trouble
