@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -78,20 +79,18 @@ def delta_rule(
     if backend == "fla" and q.shape[1]:
         write = None if rows is not None else _written(write_key, read_key, beta)
         return fla.delta_rule(q, rows, write, beta, v, log_decay, initial_state, factor, dtype, cu_seqlens)
+    # One token of a small batch, as in decoding, is one step of the definition: less than the calls around a compiled loop, and a
+    # third of the time of a chunk of one.
     single = q.shape[1] == 1
-    looped = backend == "cpu" and packing is None and not (single and q.numel() * v.shape[-1] < _WORTH_A_LOOP)
-    if looped and beta is not None:
-        assert read_key is not None, "check_delta_rule"
-        return cpu.delta_rule(q, rows, read_key, beta, v, log_decay, initial_state, factor, dtype)
+    if backend == "cpu" and packing is None and not (single and q.numel() * v.shape[-1] < _WORTH_A_LOOP):
+        key = write_key if beta is None else read_key
+        assert key is not None, "check_delta_rule"
+        return cpu.delta_rule(q, rows, key, beta, v, log_decay, initial_state, factor, dtype)
     write_key = _written(write_key, read_key, beta)
     if packing is not None and backend != "triton":
         call = partial(delta_rule, scale=factor, erase=erase, backend=backend, chunk_size=chunk_size)
         tokens = {"q": q, "read_key": rows, "write_key": write_key, "v": v, "log_decay": log_decay}
         return _packed(call, tokens, {"initial_state": initial_state}, packing, backend)
-    # One token of a small batch, as in decoding, is one step of the definition: less than the calls around a compiled loop, and a
-    # third of the time of a chunk of one.
-    if looped:
-        return cpu.delta_rule(q, rows, write_key, None, v, log_decay, initial_state, factor, dtype)
     if backend == "triton":
         check_working_dtype(dtype)
         return triton.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype, min(chunk_size, 64), packing)
@@ -137,7 +136,7 @@ def diagonal_scan(
     dtype = working_dtype(u, log_decay, initial, anchor if isinstance(anchor, Tensor) else None)
     B, _, H, K = u.shape
     N = B if packing is None else packing.sequences
-    goal = _anchor(anchor, log_decay, (N, H, K), u, dtype)
+    goal = anchor_of(anchor, log_decay, (N, H, K), u, dtype)
     first = u.new_zeros(N, H, K, dtype=dtype) if initial is None else initial
     if backend == "cpu":
         return cpu.diagonal_scan(u, log_decay, first, goal, dtype)
@@ -196,10 +195,9 @@ def hypergradient_scan(
         tokens = {"s": s, "step": eta, "aware": aware, "log_decay": log_decay}
         return _packed(call, tokens, {"initial": initial}, packing, backend, anchor)
     N = B if packing is None else packing.sequences
-    goal = _anchor(anchor, log_decay, (N, H, K), s, dtype)
+    goal = anchor_of(anchor, log_decay, (N, H, K), s, dtype)
     first = s.new_zeros(N, H, K, dtype=dtype) if initial is None else initial
-    edges = None if box is None or clip == "none" else (float(box[0]), float(box[1]))
-    every = chunk_size if clip == "chunk" else 1
+    edges, every = clipping(box, clip, chunk_size)
     if backend == "reference":
         b, gamma = _to(aware, dtype), _to(log_decay, dtype)
         return reference.hypergradient_scan(s.to(dtype), eta.to(dtype), b, gamma, first.to(dtype), goal, edges, every)
@@ -348,8 +346,14 @@ def _packed(
     return (one_by_one if backend == "reference" else in_batches)(call, tokens, states, packing)
 
 
-def _anchor(
-    anchor: Tensor | float | None, log_decay: Tensor | None, shape: tuple[int, int, int], like: Tensor, dtype: torch.dtype
+def clipping(box: tuple[float, float] | None, clip: str, chunk_size: int) -> tuple[tuple[float, float] | None, int]:
+    """(the box where anything is clipped to it, after how many tokens it is)."""
+    edges = None if box is None or clip == "none" else (float(box[0]), float(box[1]))
+    return edges, chunk_size if clip == "chunk" else 1
+
+
+def anchor_of(
+    anchor: Tensor | float | None, log_decay: Tensor | None, shape: Sequence[int], like: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
     """The anchor [B,H,K] in the working dtype, where anything is forgotten."""
     if log_decay is None or anchor is None:

@@ -9,7 +9,7 @@ from . import triton
 from .backends import resolve_backend
 from .checks import check_hypergradient_write_key, check_write_key
 from .cpu import squashed
-from .dispatch import check_working_dtype, diagonal_scan, hypergradient_scan
+from .dispatch import anchor_of, check_working_dtype, clipping, diagonal_scan, hypergradient_scan
 from .packing import packing_of
 from .precision import without_autocast, working_dtype
 from .squash import Squash
@@ -88,10 +88,8 @@ def hypergradient_write_key(
     if _fused(backend, key, dtype):
         packing = None if cu_seqlens is None else packing_of(cu_seqlens)
         first = _first(initial, key, cu_seqlens, dtype)
-        # Where nothing is forgotten, nothing leads to the anchor.
-        goal = None if anchor is None or log_decay is None else _filled(anchor, first, dtype)
-        edges = None if box is None or clip == "none" else (float(box[0]), float(box[1]))
-        every = chunk_size if clip == "chunk" else 1
+        goal = anchor_of(anchor, log_decay, first.shape, first, dtype)
+        edges, every = clipping(box, clip, chunk_size)
         rate = step if isinstance(step, Tensor) else float(step)
         return triton.hypergradient_write_key(key, beta, rate, aware, log_decay, first, goal, edges, every, packing)
     with without_autocast(key.device):
@@ -124,7 +122,3 @@ def _first(initial: Tensor | None, key: Tensor, cu_seqlens: Tensor | None, dtype
         return initial
     rows = len(key) if cu_seqlens is None else len(cu_seqlens) - 1
     return key.new_zeros(rows, *key.shape[2:], dtype=dtype)
-
-
-def _filled(anchor: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
-    return anchor if isinstance(anchor, Tensor) else torch.full_like(like, float(anchor), dtype=dtype)

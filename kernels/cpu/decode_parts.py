@@ -16,6 +16,7 @@ import numpy as np
 from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
+from ..squash import SMALLEST_CURVATURE
 from . import decode_places as place
 from .compiled import FASTMATH, GAP
 from .decode_code import (
@@ -39,7 +40,6 @@ COLUMNS, ROWS = 3 + GAP, 5 + GAP
 VECTORS = 4
 """Of columns of a state that are worked on together: eight sums, which an addition's time asks for."""
 LARGEST_A_LOG = 64.0
-SMALLEST_CURVATURE = 1e-6
 part = njit(fastmath=FASTMATH, error_model="numpy")
 
 

@@ -42,7 +42,7 @@ class _TimesKey(torch.autograd.Function):
         A, key, centre = A.contiguous(), key.contiguous(), centre.contiguous()
         ctx.save_for_backward(A, key, centre)
         ctx.squash, w = squash, fresh(A.shape, A.dtype)
-        kinds = (_KINDS.index(squash.kind), INTERVALS.index(squash.interval))
+        kinds = _kinds(squash)
         with launch("squash", (*kinds, A.dtype), _WORK * A.numel()):
             forward_squash(*kinds)(*_rows(A, key), *arrays(centre), *_numbers(squash, A), _PARTS, *_rows(w))
         return w
@@ -54,11 +54,16 @@ class _TimesKey(torch.autograd.Function):
 
         (A, key, centre), squash = ctx.saved_tensors, ctx.squash
         dA, dk, dc = fresh(A.shape, A.dtype), fresh(A.shape, A.dtype), centre.new_empty(_PARTS, len(centre))
-        kinds = (_KINDS.index(squash.kind), INTERVALS.index(squash.interval))
+        kinds = _kinds(squash)
         with launch("squash's backward", (*kinds, A.dtype), _WORK * A.numel()):
             given = (*_rows(dw.contiguous(), A, key), *arrays(centre), *_numbers(squash, A))
             backward_squash(*kinds)(*given, *_rows(dA, dk), *arrays(dc))
         return dA, dk, dc.sum(0), None
+
+
+def _kinds(squash: Squash) -> tuple[int, int]:
+    """As `compiled_squash` numbers them."""
+    return _KINDS.index(squash.kind), INTERVALS.index(squash.interval)
 
 
 def _rows(*tensors: Tensor) -> tuple[Any, ...]:
