@@ -12,7 +12,7 @@ import torch
 from .. import yaml_file
 from ..errors import UserError, unknown
 from ..strict import build, check_ascending, item, option
-from . import fla, triton
+from . import first_use, fla, triton
 
 _BACKENDS = ("reference", "torch", "cpu", "triton")
 _GATES = ("none", "scalar", "channel")
@@ -33,16 +33,18 @@ def resolve_backend(
     gate: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """The backend that `name` means on `device` for heads of these widths (0: any), this gate and this dtype of queries (None).
+    """The backend that `name` means on `device` for heads of these widths (0: any), this gate (None: any) and this dtype of the
+    products' operands (None: any).
 
-    "auto" is the fastest one as far as that was measured, see `explain_backend`; where it was not, the chunk form "torch". The
-    Triton kernels have been compiled and interpreted, but not yet measured on a GPU, so they are chosen by name only.
+    "auto" is the fastest one as far as that was measured, see `explain_backend`. On a GPU where nothing was, it is "triton" if
+    those kernels serve the call and pass a check against the chunk form at their first use (`first_use.py`), and the chunk form
+    "torch" otherwise.
     Errors: `UserError` for an unknown name, and for a backend that cannot work on `device` or at these widths.
     """
     device = torch.device(device)
     if name == "auto":
         found = _measured_best(device, key_width, value_width, gate, dtype)
-        return "torch" if found is None else found.backend
+        return _unmeasured(device, key_width, value_width, gate, dtype) if found is None else found.backend
     every = (*_BACKENDS, "fla")
     if name not in every:
         raise unknown("backend", name, ("auto", *every), "backend")
@@ -80,7 +82,8 @@ def explain_backend(
     if found is None:
         where = f"{device.type} ({torch.cuda.get_device_name(device)})" if _is_gpu(device) else device.type
         what = f"heads of {key_width} x {value_width}" if key_width and value_width else "this kind of call"
-        return f"{chosen}: it works on every device; nothing faster was measured for {what} on {where}"
+        why = "it computes the same here, and was not measured" if chosen == "triton" else "it works on every device"
+        return f"{chosen}: {why}; nothing faster was measured for {what} on {where}"
     return f"{chosen}: measured {found.date} on {found.hardware} by `{found.command}`: {found.result}"
 
 
@@ -135,6 +138,15 @@ def _measured_best(device: torch.device, K: int, V: int, gate: str | None, dtype
         if entry.fits(device, K, V, gate, dtype) and can.get(entry.backend, lambda: True)():
             return entry
     return None
+
+
+def _unmeasured(device: torch.device, K: int, V: int, gate: str | None, dtype: torch.dtype | None) -> str:
+    """A call that does not say its widths may be of any, also of those that only the chunk form serves."""
+    operand = torch.float32 if dtype is None else dtype
+    working = torch.promote_types(operand, torch.float32)
+    if not (triton.available(device) and triton.supports(working, K, V)):
+        return "torch"
+    return "triton" if first_use.holds(device, K, V, gate or "scalar", operand) else "torch"
 
 
 def _is_gpu(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from .checks import (
     check_inverse_gram_scan,
 )
 from .packing import Call, Packing, Tensors, in_batches, one_by_one, packing_of
-from .precision import without_autocast, working_dtype
+from .precision import product_dtype, without_autocast, working_dtype
 
 _WORTH_A_LOOP = 1 << 20
 """Numbers of all states together from which the compiled loop is faster for a single token."""
@@ -67,12 +67,17 @@ def delta_rule(
     q, log_decay and initial_state, float32 at least (under autocast too). Given to the next call, it continues the sequence.
     T = 0 gives an empty o and the initial state. Differentiable once in every tensor.
 
+    Under autocast the GPU backends "triton" and "fla" take q, keys and v in its precision, as torch's own products do, and
+    return o in it; sums, states and decays stay in the working dtype. The other backends leave autocast.
+
     Errors: `UserError` (a ValueError) that names the argument, what it holds and what it should hold.
     """
     check_delta_rule(q, read_key, write_key, v, log_decay, initial_state, scale, erase, chunk_size, cu_seqlens, beta)
     gate = "none" if log_decay is None else "scalar" if log_decay.ndim == 3 else "channel"
-    backend = resolve_backend(backend, q.device, q.shape[-1], v.shape[-1], gate, q.dtype)
-    dtype = working_dtype(q, log_decay, initial_state)
+    dtype, operand = working_dtype(q, log_decay, initial_state), product_dtype(q.dtype, q.device)
+    backend = resolve_backend(backend, q.device, q.shape[-1], v.shape[-1], gate, operand if dtype == torch.float32 else dtype)
+    if backend in ("triton", "fla"):
+        q, v, read_key, write_key = q.to(operand), v.to(operand), _to(read_key, operand), _to(write_key, operand)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rows = read_key if erase else None
     packing = None if cu_seqlens is None else packing_of(cu_seqlens)
@@ -128,12 +133,12 @@ def diagonal_scan(
     Errors: `UserError` (a ValueError) that names the argument.
     """
     check_diagonal_scan(u, log_decay, initial, anchor, chunk_size, cu_seqlens)
-    backend = _scan_backend(backend, u)
+    dtype = working_dtype(u, log_decay, initial, anchor if isinstance(anchor, Tensor) else None)
+    backend = _scan_backend(backend, u, dtype)
     packing = None if cu_seqlens is None else packing_of(cu_seqlens)
     if packing is not None and backend != "triton":
         call = partial(diagonal_scan, backend=backend, chunk_size=chunk_size)
         return _packed(call, {"u": u, "log_decay": log_decay}, {"initial": initial}, packing, backend, anchor)
-    dtype = working_dtype(u, log_decay, initial, anchor if isinstance(anchor, Tensor) else None)
     B, _, H, K = u.shape
     N = B if packing is None else packing.sequences
     goal = anchor_of(anchor, log_decay, (N, H, K), u, dtype)
@@ -184,10 +189,10 @@ def hypergradient_scan(
     Errors: `UserError` (a ValueError) that names the argument.
     """
     check_hypergradient_scan(s, step, aware, log_decay, initial, box, clip, anchor, chunk_size, cu_seqlens)
-    backend = _scan_backend(backend, s)
-    packing = None if cu_seqlens is None else packing_of(cu_seqlens)
     numbers = [x for x in (step, anchor) if isinstance(x, Tensor)]
     dtype = working_dtype(s, aware, log_decay, initial, *numbers)
+    backend = _scan_backend(backend, s, dtype)
+    packing = None if cu_seqlens is None else packing_of(cu_seqlens)
     B, T, H, K = s.shape
     eta = step if isinstance(step, Tensor) else torch.full((B, T, H), float(step), dtype=dtype, device=s.device)
     if packing is not None and backend != "triton":
@@ -307,12 +312,12 @@ def gram_solve(
         return reference.gram_solve(q.to(dtype), wide, weight, _to(log_decay, dtype), ridge.to(dtype), first)
 
 
-def _scan_backend(name: str, like: Tensor) -> str:
+def _scan_backend(name: str, like: Tensor, dtype: torch.dtype) -> str:
     """A scan carries a vector where `delta_rule` carries a matrix: wide heads leave the loop ahead, as measured at 128."""
     K = like.shape[-1]
     if name == "auto" and like.device.type == "cpu" and K >= _SMALLEST_SCAN:
         return "cpu"
-    return resolve_backend(name, like.device, K, K)
+    return resolve_backend(name, like.device, K, K, dtype=dtype)
 
 
 def check_working_dtype(dtype: torch.dtype) -> None:

@@ -110,7 +110,7 @@ def _squashed(A: Tensor, key: Tensor, centre: Tensor, squash: Squash, backend: s
 
 def _fused(backend: str, key: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernels that go from key to write key serve this call; an error where only they could, and do not."""
-    if resolve_backend(backend, key.device, key.shape[-1], key.shape[-1]) != "triton":
+    if resolve_backend(backend, key.device, key.shape[-1], key.shape[-1], dtype=dtype) != "triton":
         return False
     check_working_dtype(dtype)
     return True

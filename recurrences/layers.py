@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import normalise
+from ..kernels.precision import product_dtype
 from ..kernels.short_conv import convolved_heads, short_convolution
 
 PROJECTION_STD = 0.02
@@ -58,20 +59,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor | None = None, activation: str = "silu") -> Tensor:
         """[...,C] as x is; or, of heads [...,H,C] with a gate [...,H C], y * activation(gate) [...,H C]."""
-        return normalise.rms_norm(x, self.weight, self.eps, gate, activation, _product_dtype(x))
+        return normalise.rms_norm(x, self.weight, self.eps, gate, activation, product_dtype(x.dtype, x.device))
 
     def of_sum(self, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
         """(x + more, its norm), in one pass where the kernels have one; (x, its norm) without more."""
         if more is None:
             return x, self(x)
-        return normalise.add_rms_norm(x, more, self.weight, self.eps, _product_dtype(x))
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """In which precision a product of `x` is taken."""
-    device = x.device.type
-    autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
+        return normalise.add_rms_norm(x, more, self.weight, self.eps, product_dtype(x.dtype, x.device))
 
 
 class ShortConvolution(nn.Module):

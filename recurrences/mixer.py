@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels import decode, delta_rule, resolve_backend
 from ..kernels.cpu.decode_layer import Layer
+from ..kernels.precision import product_dtype
 from ..strict import build, plain
 from . import decoding
 from .component import Component, HeadShape
@@ -133,8 +134,9 @@ class Mixer(nn.Module):
         return super().__call__(x, state)
 
     def resolved_backend(self, device: torch.device) -> str:
-        """The kernel backend that serves this mixer on `device`: what `auto` stands for."""
-        return resolve_backend(self.backend, device, self.shape.key, self.shape.value)
+        """The kernel backend that serves this mixer on `device`, under autocast or not: what `auto` stands for."""
+        operand = product_dtype(self.in_proj.weight.dtype, device)
+        return resolve_backend(self.backend, device, self.shape.key, self.shape.value, dtype=operand)
 
     def flops_per_token(self, context: int) -> int:
         """Floating point operations of one token's forward pass after `context` tokens; a multiply-add counts as two."""

@@ -21,7 +21,8 @@ import numpy as np
 from numba import njit, prange
 
 from .group_backward import pull, push, replay, turn
-from .group_forward import LANES, TOKENS, Prepared, Work, prepare, step
+from .group_forward import TOKENS, Prepared, Work, prepare, step
+from .vectors import LANES
 
 _CACHE = 1 << 14
 """Numbers of a state that are worked on together: the columns of a larger one are taken in parts."""

@@ -18,10 +18,7 @@ from numba.extending import intrinsic
 
 from .compiled_conv import ROWS, Compiled
 from .row_code import RowCode, row_code, sources
-from .vectors import Value
-
-GAP = 16
-"""More than the lanes of a vector: what lies behind a head in whole vectors."""
+from .vectors import LANES, Value
 
 
 def _activated(
@@ -156,7 +153,8 @@ def backward_conv(W: int, silu: bool) -> Compiled:
         for index in prange(parts * stretches.shape[0]):
             part, stretch = index % parts, stretches[index // parts]
             c0, n, mine = stretch[0], stretch[1], pieces[stretch[2] : stretch[3]]
-            d, sums, half = np.zeros((MOST + W - 1) * n, w.dtype), np.zeros((W, n), w.dtype), n + GAP
+            # `half`: a head, and behind it what the last vector has too many.
+            d, sums, half = np.zeros((MOST + W - 1) * n, w.dtype), np.zeros((W, n), w.dtype), n + LANES
             own, head = np.empty(2 * half, w.dtype), np.empty((MOST + W - 1) * C, x.dtype)
             row, begin = (part + 1) * B * P // parts, part * B * P // parts
             while row > begin:

@@ -18,12 +18,11 @@ from numba.extending import intrinsic
 from ..squash import SMALLEST_CURVATURE
 from .law_code import LawCode, law_code
 from .row_code import sources
-from .vectors import Value
+from .vectors import LANES, Value
 
 Compiled = Callable[..., None]
 SOFTSIGN, TANH = 0, 1
 SYMMETRIC, BELOW, ABOVE = 0, 1, 2
-MOST_LANES = 16
 
 
 def _multiplier(
@@ -124,11 +123,11 @@ def backward_squash(kind: int, interval: int) -> Compiled:
         assert version >= 0
         (N, K), (parts, H) = A.shape, dc.shape
         for part in prange(parts):
-            sums = np.zeros((H, MOST_LANES), A.dtype)
+            sums = np.zeros((H, LANES), A.dtype)
             for row in range(part * N // parts, (part + 1) * N // parts):
                 h = row % H
                 _adjoint(  # type: ignore[call-arg]
-                    dw, A, key, dA, dk, row * K, centre, h, sums, h * MOST_LANES, K, log_x, p, kind, interval
+                    dw, A, key, dA, dk, row * K, centre, h, sums, h * LANES, K, log_x, p, kind, interval
                 )
             for h in range(H):
                 dc[part, h] = -sums[h].sum()

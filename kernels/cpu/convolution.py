@@ -1,11 +1,9 @@
-"""The compiled convolution of heads on tensors. The number of sums for dw is fixed, so that the result does not depend on
-threads."""
+"""The compiled convolution of heads on tensors."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,20 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .launch import launch, scalar
+from .rows import PARTS, numbers, serves
 
-_PARTS = 16
-_SMALLEST = 1 << 14
-"""Numbers from which compiled loops are worth their call (and their compilation)."""
+__all__ = ["convolve", "convolve_backward", "serves", "stretches_of"]
+
 _STRETCH = 256
 """Channels worked off together, at most, but for one head that is wider."""
-
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-
-
-def serves(x: Tensor) -> bool:
-    """Whether compiled loops over rows are meant for `x`."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() >= _SMALLEST
 
 
 def convolve(
@@ -42,7 +32,7 @@ def convolve(
             *numbers(padded, weight),
             *stretches_of(tuple(sizes), tuple(units)),
             scalar(eps, weight.dtype),
-            _PARTS,
+            PARTS,
             numbers(*outputs),
         )
     return outputs
@@ -55,7 +45,7 @@ def convolve_backward(
     from .compiled_conv_backward import backward_conv
 
     d_padded = torch.empty_like(padded, memory_format=torch.contiguous_format)
-    d_weight = weight.new_empty(_PARTS, *weight.shape)
+    d_weight = weight.new_empty(PARTS, *weight.shape)
     sizes = tuple(gradient.shape[-1] for gradient in gradients)
     W = len(weight)
     with launch("convolution's backward", (padded.dtype, len(sizes), W, silu), padded.numel()):
@@ -67,17 +57,6 @@ def convolve_backward(
             *numbers(d_padded, d_weight),
         )
     return d_padded, d_weight.sum(0)
-
-
-def numbers(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as arrays for compiled loops, bfloat16 as int16 (`row_code.py`), None as None; contiguous copies of those that
-    are not."""
-    return tuple(None if tensor is None else _array(tensor.detach()) for tensor in tensors)
-
-
-def _array(tensor: Tensor) -> Any:
-    plain = tensor.contiguous()
-    return (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
 @functools.lru_cache(maxsize=256)

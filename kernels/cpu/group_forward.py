@@ -20,14 +20,12 @@ from typing import Any
 
 from numba.extending import intrinsic
 
-from .vectors import Code, Value, vector_code
+from .vectors import LANES, Code, Value, vector_code
 
 TOKENS = 4
 """Tokens in a group."""
 PAIRS = TOKENS * TOKENS
 """The numbers M_ij (j < i) and N_ij (j <= i) of a group."""
-LANES = 16
-"""Numbers in the longest vector of any machine."""
 
 
 class Prepared:

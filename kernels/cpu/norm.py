@@ -1,5 +1,4 @@
-"""The compiled RMSNorm and SwiGLU as differentiable functions of tensors. Sums over rows have a fixed number of parts, so that
-the result does not depend on threads."""
+"""The compiled RMSNorm and SwiGLU as differentiable functions of tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..precision import working_dtype
-from .convolution import DTYPES, numbers, serves
 from .launch import launch, scalar
+from .rows import DTYPES, PARTS, numbers, serves
 
 __all__ = ["DTYPES", "add_rms_norm", "rms_norm", "serves", "swiglu"]
-_PARTS = 16
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None, kind: int, dtype: torch.dtype) -> Tensor:
@@ -43,7 +41,7 @@ def _forward(
 
     rows, others, gates, sums, results = (_rows(tensor, x.shape[-1]) for tensor in (x, more, gate, total, y))
     with launch("norm", (kind, *_dtypes(x, more, weight, gate, y)), 8 * x.numel()):
-        forward_norm(kind)(*numbers(rows, others, weight, gates), scalar(eps, weight.dtype), _PARTS, *numbers(sums, results))
+        forward_norm(kind)(*numbers(rows, others, weight, gates), scalar(eps, weight.dtype), PARTS, *numbers(sums, results))
 
 
 def _backward(
@@ -63,7 +61,7 @@ def _backward(
     dx = torch.empty(x.shape, dtype=x.dtype)
     dmore = None if more_dtype is None else torch.empty(x.shape, dtype=more_dtype)
     dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype)
-    dw = weight.new_empty(_PARTS, C)
+    dw = weight.new_empty(PARTS, C)
     given, taken = ([_rows(tensor, C) for tensor in tensors] for tensors in ((x, gate, dy, before), (dx, dmore, dgate)))
     with launch("norm's backward", (kind, *_dtypes(weight, *given, *taken)), 8 * x.numel()):
         rows, gates, d, b = numbers(*given)
@@ -134,7 +132,7 @@ class _SwiGLU(torch.autograd.Function):
         y = both.new_empty(*both.shape[:-1], hidden)
         with launch("SwiGLU", (both.dtype,), 8 * y.numel()):
             rows, like = numbers(both.reshape(-1, 2 * hidden), torch.empty(0, dtype=working_dtype(both)))
-            forward_swiglu()(rows, like, _PARTS, *numbers(y.view(-1, hidden)))
+            forward_swiglu()(rows, like, PARTS, *numbers(y.view(-1, hidden)))
         ctx.save_for_backward(both)
         return y
 
@@ -148,5 +146,5 @@ class _SwiGLU(torch.autograd.Function):
         d_both = torch.empty_like(both, memory_format=torch.contiguous_format)
         with launch("SwiGLU's backward", (both.dtype,), 8 * dy.numel()):
             rows, like = numbers(both.reshape(-1, 2 * hidden), torch.empty(0, dtype=working_dtype(both)))
-            backward_swiglu()(rows, like, _PARTS, *numbers(dy.reshape(-1, hidden), d_both.view(-1, 2 * hidden)))
+            backward_swiglu()(rows, like, PARTS, *numbers(dy.reshape(-1, hidden), d_both.view(-1, 2 * hidden)))
         return d_both

@@ -1,5 +1,4 @@
-"""The compiled multiplier of the diagonal preconditioner as a differentiable function of tensors. Sums over rows have a fixed
-number of parts, so that the result does not depend on threads."""
+"""The compiled multiplier of the diagonal preconditioner as a differentiable function of tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..squash import INTERVALS, Squash
-from .convolution import serves as serves_rows
+from . import rows
 from .launch import arrays, fresh, launch, scalar
 
 _KINDS = ("softsign", "tanh")
-_PARTS = 16
 _WORK = 24
 """Operations a number, about: an exponential, a logarithm and three divisions."""
 
@@ -23,7 +21,7 @@ _WORK = 24
 def serves(A: Tensor, squash: Squash) -> bool:
     """Whether the loops are meant for these curvatures; without a squash a multiplier may be of any size, which they do not
     know."""
-    return serves_rows(A) and A.dtype != torch.bfloat16 and squash.kind in _KINDS
+    return rows.serves(A) and A.dtype != torch.bfloat16 and squash.kind in _KINDS
 
 
 def times_key(A: Tensor, key: Tensor, centre: Tensor, squash: Squash) -> Tensor:
@@ -44,7 +42,7 @@ class _TimesKey(torch.autograd.Function):
         ctx.squash, w = squash, fresh(A.shape, A.dtype)
         kinds = _kinds(squash)
         with launch("squash", (*kinds, A.dtype), _WORK * A.numel()):
-            forward_squash(*kinds)(*_rows(A, key), *arrays(centre), *_numbers(squash, A), _PARTS, *_rows(w))
+            forward_squash(*kinds)(*_rows(A, key), *arrays(centre), *_numbers(squash, A), rows.PARTS, *_rows(w))
         return w
 
     @staticmethod
@@ -53,7 +51,7 @@ class _TimesKey(torch.autograd.Function):
         from .compiled_squash import backward_squash
 
         (A, key, centre), squash = ctx.saved_tensors, ctx.squash
-        dA, dk, dc = fresh(A.shape, A.dtype), fresh(A.shape, A.dtype), centre.new_empty(_PARTS, len(centre))
+        dA, dk, dc = fresh(A.shape, A.dtype), fresh(A.shape, A.dtype), centre.new_empty(rows.PARTS, len(centre))
         kinds = _kinds(squash)
         with launch("squash's backward", (*kinds, A.dtype), _WORK * A.numel()):
             given = (*_rows(dw.contiguous(), A, key), *arrays(centre), *_numbers(squash, A))

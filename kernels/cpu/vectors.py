@@ -20,6 +20,8 @@ from numba.core import cgutils
 Value = Any
 """An LLVM value: a vector, a number, an index or a pointer."""
 _INDEX = ir.IntType(64)
+LANES = 16
+"""Numbers in the longest vector of any machine."""
 
 
 @functools.cache

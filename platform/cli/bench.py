@@ -39,7 +39,8 @@ def verify_cards(
 ) -> None:
     """Hold every backend against the definition in float64: output and every gradient of a layer. Exit code 1 on a miss.
 
-    `error` is that of the worst tensor, relative; `limit` what it may be: a multiple of what the definition is off in float32.
+    `error` is that of the worst tensor, relative; `limit` what it may be: a multiple of what the definition is off in the same
+    precision: float32, and on a GPU bf16 beside it for the backends that take it.
 
     Examples:
 
@@ -62,7 +63,7 @@ def verify_cards(
             for verdict in verify(spec, width, heads, tokens=tokens, device=device):
                 missed += not verdict.passed
                 mark = "[green]ok[/]" if verdict.passed else "[bold red]MISS[/]"
-                cells = (verdict.card, verdict.backend, verdict.tensor, f"{verdict.error:.1e}", f"{verdict.limit:.1e}")
+                cells = (verdict.card, verdict.name, verdict.tensor, f"{verdict.error:.1e}", f"{verdict.limit:.1e}")
                 table.add_row(*[escape(cell) for cell in cells], mark)
     out.print(table)
     if missed:

@@ -98,10 +98,12 @@ def model(
     with _showing(out) as progress:
         bench = ModelBench(models, Sizes(shapes, reading), place, progress)
         complete = _run(bench)
+    with place.autocast():
+        backends = {card: model.backend(place.device) for card, model in models.items()}
     facts = {
         **machine(place.device),
         "precision": precision,
-        "backends": {card: model.backend(place.device) for card, model in models.items()},
+        "backends": backends,
         "parameters": {card: model.parameter_count() for card, model in models.items()},
         "allocator": allocator,
         # Twice: a machine that others use as well gives itself away.

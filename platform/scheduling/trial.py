@@ -105,12 +105,15 @@ def _run(job: Job, folder: Path, report: Callable[[int, Points], None]) -> Outco
     seed = job.config["seed"]
     spec = spec_from_mapping(job.config["recurrence"])
     check_origins(spec, job.config.get("plugins", {}))
-    verified = pass_gate(spec, model_config.width, model_config.heads, training.backend, hardware.device, Path(job.cache))
+    sizes, cache = (model_config.width, model_config.heads), Path(job.cache)
+    verified = pass_gate(spec, *sizes, training.backend, hardware.device, cache, hardware.precision)
     memory = PeakMemory(hardware.device)
     model = build_model(spec, model_config, data.vocab, training.backend, seed).to(hardware.device)
     trainer = Trainer(model, data.train, training, seed, hardware, folder / "checkpoint.pt", job.hash)
+    with hardware.autocast():
+        backend = model.backend(hardware.device)
     context = {
-        "backend": model.backend(hardware.device),
+        "backend": backend,
         "device": hardware.device.type,
         "precision": hardware.precision,
         "verified": verified,

@@ -22,7 +22,8 @@ class Hardware:
     precision: str
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """bf16 for matrix products where the precision says so; the recurrence stays in float32 either way."""
+        """bf16 for matrix products where the precision says so. A recurrence stays in float32 on a CPU; a GPU's kernels take bf16
+        operands too, and keep sums, states and statistics in float32."""
         if self.precision != "bf16":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)

@@ -6,7 +6,8 @@ Every different recurrent layer is run once at its real head widths, on a short 
 definition (`verification`): output and all gradients. A pass is kept in `cache`, under everything that it depends on, so that the
 next trial of the same kind pays a look at a file. A miss is not kept: it is looked into again.
 
-The kernels work in float32 whatever a trial's precision is, so it is there that they are held. No global generator is touched.
+Most backends work in float32 whatever a trial's precision is, so it is there that they are held; those that take bf16 operands
+are held in the trial's own precision. No global generator is touched.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ...recurrences import AttentionSpec, LayerSpec, MixerSpec, layers_of, with_
 from ...recurrences.mixer import head_shape
 from ...registry import origins
 from ...strict import plain
-from .verification import Laboratory, Verdict
+from .verification import HALF, Laboratory, Verdict
 
 _WIDTH, _HEADS, _BATCH = 256, 2, 2
 """A model's width, heads and batch at the gate, at most: only the widths of a head decide which kernel runs."""
@@ -37,8 +38,8 @@ _TOKENS, _FEWER_TOKENS = 130, 70
 """Three chunks of the chunk form and five blocks of the compiled loop; fewer, and one head, for large heads: the definition keeps
 several float64 states of every token."""
 _LARGE = 128 * 128
-_ALLOWED = 64.0
-"""Four times what `deltalab verify` allows: a gradient of two or three numbers can be that unlucky once in some thousand draws,
+_ALLOWED = {"fp32": 64.0, "bf16": 8.0}
+"""More than `deltalab verify` allows: a gradient of two or three numbers can be that unlucky once in some thousand draws,
 and a kernel that is wrong is off by thousands of roundings."""
 _FOLDERS = ("kernels", "recurrences")
 _PACKAGES = ("torch", "triton", "numba", "numpy")
@@ -48,31 +49,36 @@ class WrongKernel(Exception):  # noqa: N818
     """A backend that is further from the definition than rounding explains. The trial fails; its numbers would mean nothing."""
 
 
-def pass_gate(spec: MixerSpec, width: int, heads: int, backend: str, device: torch.device, cache: Path) -> str:
+def pass_gate(
+    spec: MixerSpec, width: int, heads: int, backend: str, device: torch.device, cache: Path, precision: str = "fp32"
+) -> str:
     """The verdict that is closest to its limit, as words; empty where there is only one implementation (softmax attention, the
     definition itself). Raises `WrongKernel`, naming tensor, error and limit."""
     verdicts = []
     for layer in dict.fromkeys(layers_of(spec)):
         shape = head_shape(width, heads, layer.block)
-        resolved = resolve_backend(backend, device, shape.key, shape.value)
+        operand = torch.bfloat16 if precision == "bf16" else torch.float32
+        resolved = resolve_backend(backend, device, shape.key, shape.value, dtype=operand)
         if isinstance(layer, AttentionSpec) or resolved == "reference":
             continue
-        verdicts.append(_verdict(_reduced(layer, width, heads), resolved, device, cache))
+        own = precision if resolved in HALF else "fp32"
+        verdicts.append(_verdict(_reduced(layer, width, heads), resolved, device, own, cache))
     return str(max(verdicts, key=lambda verdict: verdict.error / verdict.limit)) if verdicts else ""
 
 
-def _verdict(laboratory: Laboratory, backend: str, device: torch.device, cache: Path) -> Verdict:
+def _verdict(laboratory: Laboratory, backend: str, device: torch.device, precision: str, cache: Path) -> Verdict:
     """From the cache, or measured."""
-    file = cache / "verified" / f"{_key(laboratory, backend, device)}.json"
+    file = cache / "verified" / f"{_key(laboratory, backend, device, precision)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Verdict(**json.loads(file.read_text()))
     name = laboratory.layer.name
-    verdict = laboratory.standard(_ALLOWED).judge(name, backend, laboratory.outcome(backend, device, torch.float32))
+    standard = laboratory.standard(_ALLOWED[precision], precision)
+    verdict = standard.judge(name, backend, laboratory.outcome(backend, device, precision))
     if not verdict.passed:
         shape = head_shape(laboratory.width, laboratory.heads, laboratory.layer.block)
         raise WrongKernel(
             f"the backend {backend!r} does not compute {name} on this machine: {verdict.tensor} is off by {verdict.error:.1e}, "
-            f"allowed {verdict.limit:.1e} (heads of {shape.key} x {shape.value}, float32). "
+            f"allowed {verdict.limit:.1e} (heads of {shape.key} x {shape.value}, {precision}). "
             "`deltalab verify` shows every backend; training.backend chooses another"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +99,7 @@ def _reduced(layer: LayerSpec, width: int, heads: int) -> Laboratory:
     return Laboratory(reduced, min(width, _WIDTH), groups * ratio, 1 if large else _BATCH, _FEWER_TOKENS if large else _TOKENS)
 
 
-def _key(laboratory: Laboratory, backend: str, device: torch.device) -> str:
+def _key(laboratory: Laboratory, backend: str, device: torch.device, precision: str) -> str:
     """Whatever the verdict depends on, hashed."""
     layer = laboratory.layer
     content = {
@@ -101,6 +107,7 @@ def _key(laboratory: Laboratory, backend: str, device: torch.device) -> str:
         "plugins": origins(layer),
         "sizes": [laboratory.width, laboratory.heads, laboratory.batch, laboratory.tokens, laboratory.seed],
         "backend": backend,
+        "precision": precision,
         "code": _code(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "machine": [_processor(), torch.cuda.get_device_name(device) if device.type == "cuda" else ""],

@@ -87,6 +87,27 @@ def test_sixteen_bit_tensors_take_the_plain_delta_rule(state, adapted):
     torch.testing.assert_close(last, final, rtol=2e-3, atol=2e-3)
 
 
+def test_autocast_decides_what_its_products_take(monkeypatch, adapted):
+    """Its kernels refuse float32; a layer under autocast hands over float32."""
+    seen = {}
+
+    def gated(**given: Any) -> tuple[Tensor, Tensor]:
+        seen.update({name: x.dtype for name, x in given.items() if isinstance(x, Tensor)})
+        return TABLE.gated_delta_rule(**given)
+
+    monkeypatch.setattr(fla, "kernels", lambda: TABLE._replace(gated_delta_rule=gated))
+    given = given_to("scalar", True, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o, last = adapted(**given)
+        expected, final = delta_rule(**given, backend="reference")
+    assert {name: str(dtype)[6:] for name, dtype in seen.items()} == {
+        **dict.fromkeys(("q", "k", "v"), "bfloat16"), **dict.fromkeys(("g", "beta", "initial_state"), "float32")
+    }  # fmt: skip
+    assert (o.dtype, expected.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(o.float(), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(last, final, rtol=0.05, atol=0.05)
+
+
 def test_a_reset_is_finite(adapted, both, equal):
     given = given_to("scalar", True, True)
     given["log_decay"][:, 7] = -torch.inf

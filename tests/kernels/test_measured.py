@@ -11,7 +11,7 @@ import torch
 
 from deltalab.errors import UserError
 from deltalab.kernels import backends as public
-from deltalab.kernels import explain_backend, fla, resolve_backend, triton
+from deltalab.kernels import explain_backend, first_use, fla, resolve_backend, triton
 from deltalab.kernels.backends import Measured, _measured_best, read_measured
 
 ENTRY = """
@@ -43,8 +43,9 @@ def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[M
     _measured_best.cache_clear()
 
 
-def test_the_choice_follows_the_entry(entries):
+def test_the_choice_follows_the_entry(entries, monkeypatch):
     assert resolve_backend("auto", "cuda", 128, 256, "scalar", torch.bfloat16) == "triton"
+    monkeypatch.setattr(first_use, "holds", lambda *call: False)
     for other in [(96, 64, "channel", torch.bfloat16), (256, 64, "scalar", torch.bfloat16), (64, 64, "scalar", torch.float32)]:
         assert resolve_backend("auto", "cuda", *other) == "torch"
     # A call that does not say its gate may be of any: an entry about one gate is not about it.
@@ -54,6 +55,7 @@ def test_the_choice_follows_the_entry(entries):
 
 def test_another_gpu_is_another_measurement(entries, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(first_use, "holds", lambda *call: False)
     assert resolve_backend("auto", "cuda", 128, 128, "scalar", torch.bfloat16) == "torch"
     reason = explain_backend("auto", "cuda", 128, 128, "scalar", torch.bfloat16)
     assert reason.startswith(

@@ -99,8 +99,8 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert content["facts"]["torch"] == torch.__version__
     arguments = ["verify", "deltanet", "--width", "16", "--tokens", "20"]
     assert run(app, arguments).exit_code == 0
-    monkeypatch.setattr("deltalab.platform.training.verification.ALLOWED", 1e-6)
-    monkeypatch.setattr("deltalab.platform.training.verification._ROUNDINGS", 1e-6)
+    monkeypatch.setattr("deltalab.platform.training.verification.ALLOWED", {"fp32": 1e-6})
+    monkeypatch.setattr("deltalab.platform.training.verification._LEAST", {"fp32": 1e-12})
     missed = run(app, arguments)
     assert missed.exit_code == 1
     assert "MISS" in missed.output

@@ -119,6 +119,30 @@ def test_a_wrong_gradient_is_named_and_not_kept(passes: Passes, tmp_path: Path, 
     assert not files(tmp_path)
 
 
+def test_a_backend_that_takes_half_precision_is_held_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunk form stands in for such a backend; on a CPU it leaves autocast, and only the projections are rounded."""
+    monkeypatch.setattr(gate, "HALF", ("torch",))
+    spec, precisions = registry.load("pgdn"), []
+    outcome = gate.Laboratory.outcome
+
+    def spied(self: Any, backend: str, device: Any, precision: str = "fp32", jitter: int = 0) -> dict[str, Tensor]:
+        precisions.append((backend, precision))
+        found = outcome(self, backend, device, precision, jitter)
+        return {name: x * (1.5 if damaged == name and backend == "torch" else 1) for name, x in found.items()}
+
+    monkeypatch.setattr(gate.Laboratory, "outcome", spied)
+    damaged = ""
+    verdict = pass_gate(spec, 32, 2, "torch", CPU, tmp_path, "bf16")
+    assert verdict.startswith("torch bf16: ")
+    assert set(precisions) == {("reference", "fp64"), ("reference", "bf16"), ("torch", "bf16")}
+    assert pass_gate(spec, 32, 2, "torch", CPU, tmp_path).startswith("torch: ")  # another precision, another verdict
+    assert len(files(tmp_path)) == 2
+    damaged = "gate.A_log"
+    assert pass_gate(spec, 32, 2, "torch", CPU, tmp_path, "bf16") == verdict
+    with pytest.raises(WrongKernel, match=r"pgdn on this machine: gate.A_log is off by .*, bf16\)"):
+        pass_gate(spec, 32, 2, "torch", CPU, tmp_path / "new", "bf16")
+
+
 def test_nothing_to_compare(passes: Passes, tmp_path: Path) -> None:
     assert passes("softmax") == passes(backend="reference") == ""
     assert not files(tmp_path)
