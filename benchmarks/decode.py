@@ -28,7 +28,10 @@ from deltalab.kernels import chunked
 from deltalab.recurrences import LanguageModel, mixer
 from deltalab.recurrences.layers import Projection
 
-CARDS = ("deltanet", "gdn", "kda", "pgdn", "osdn", "kla", "comba", "mamba2")
+CARDS = (
+    *("deltanet", "gdn", "kda", "pgdn", "osdn", "kla", "comba", "mamba2"),
+    *("deltaproduct", "gated_deltaproduct", "rls", "mesanet"),
+)
 WIDTH, HEADS, LAYERS, VOCAB, PROMPT, TOKENS = 256, 4, 2, 256, 64, 10
 Step = Callable[[], object]
 

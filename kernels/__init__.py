@@ -9,7 +9,7 @@ This floor knows no component, no config and no training.
 
 from __future__ import annotations
 
-from .backends import backends, explain_backend, resolve_backend
+from .backends import HALF_PRECISION, backends, explain_backend, resolve_backend
 from .dispatch import (
     delta_rule,
     diagonal_scan,
@@ -21,6 +21,7 @@ from .squash import Squash
 from .write_key import hypergradient_write_key, preconditioned_write_key
 
 __all__ = [
+    "HALF_PRECISION",
     "Squash",
     "backends",
     "delta_rule",

@@ -14,6 +14,8 @@ from ..errors import UserError, unknown
 from ..strict import build, check_ascending, item, option
 from . import first_use, fla, triton
 
+HALF_PRECISION = ("triton", "fla")
+"""Backends that take 16-bit operands as such, under autocast too; the others make float32 of them."""
 _BACKENDS = ("reference", "torch", "cpu", "triton")
 _GATES = ("none", "scalar", "channel")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")

@@ -1,7 +1,7 @@
 """Decoding on a CPU: one token of every sequence, without gradients, in as few calls as it takes.
 
-B batch, H heads, G heads of q and k, K key width, V value width, D model width, C = 2 G K + H V channels, W taps of the short
-convolution.
+B batch, H heads, G heads of q and k, K key width, V value width, D model width, n substeps, C = G K + n (G K + H V) channels, W
+taps of the short convolution.
 
 A token's arithmetic takes a fraction of the time of the tensor operations that it is written in: what counts is their number. So
 all of a layer is one compiled call, `Token`, with the norms, the residual and the MLP of its block or without, for the components
@@ -41,10 +41,13 @@ def serves(*tensors: Tensor | None) -> bool:
     record (`torch.no_grad`), outside of autocast and of compilation."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    dtype = given[0].dtype
-    known = dtype is torch.float32 or dtype is torch.float64
-    return known and all(tensor.dtype is dtype and tensor.is_cpu for tensor in given)
+    dtype = None
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = dtype or tensor.dtype
+            if tensor.dtype is not dtype or not tensor.is_cpu:
+                return False
+    return dtype is torch.float32 or dtype is torch.float64
 
 
 class Token:
@@ -54,6 +57,7 @@ class Token:
         S~ = Diag(a) S      e = v - S~^T r      S' = S~ + beta (m * k) e^T
         o = K^-1/2 S'^T q   o / sqrt(mean(o^2) + eps) * norm    y = W' o
 
+    Of n substeps each has a k, v and beta of its own; a is that of the first, 1 at the others, and o is read after the last.
     Made once for the layer's tensors, whose numbers may change, and move: where they stand is looked up at every token.
     """
 
@@ -62,8 +66,9 @@ class Token:
         norms: tuple[Tensor | None, Tensor | None] = (None, None)
         if around is not None:
             up, down, norms, self._eps = around.up, around.down, (around.norm, around.mlp_norm), around.eps
-        products = (w.mixed, *w.laws, w.read, w.value, w.gate, w.output, up, down)
-        single = (w.taps, w.norm, w.centre, w.erase, w.feedback, w.gain, w.skip, *norms)
+        products = (w.mixed, *w.laws, w.read, w.value, w.gate, w.output, up, down, *w.later)
+        single = (w.taps, w.norm, w.centre, w.erase, w.feedback, w.gain, w.skip, w.ridge, *norms)
+        assert len(w.later) == layer.substeps - 1, "a step of its own for every substep"
         slots = (*single, *(tensor for product in products for tensor in product))
         self.layer, self.ends = layer, w.output is not NOTHING
         self._tensors = [tensor for tensor in slots if tensor is not None]
@@ -75,35 +80,42 @@ class Token:
         ranks = [0 if product.inner is None else product.inner.shape[0] for product in products]
         self._plan = (*layer.sizes, hidden, int(self.ends), *layer.kinds, *ranks)
         self._found: tuple[list[int], list[torch.dtype], Any] = ([], [], None)
+        self._told: dict[tuple[int, torch.dtype], tuple[Any, Any]] = {}
 
     def __call__(
         self, x: Tensor, past: Tensor | None, state: Tensor, statistic: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """x: the input [B,1,D]. past: the W-1 inputs of the convolution before this one [B,W-1,C], None without one. state: S
-        [B,H,K,V]. statistic: the multiplier's, [B,H,K]. All of one dtype, see `serves`.
+        [B,H,K,V]. statistic: the multiplier's, [B,H,K] or [B,H,K,K]. All of one dtype, see `serves`.
 
         Returns: y [B,1,D] (o [B,1,H V] without a last projection), the last W-1 inputs, S' and the multiplier's next statistic.
         """
-        (B, H, K, V), dtype, D, layer = state.shape, state.dtype, x.shape[2], self.layer
-        channels, taps = sum(layer.widths), self._taps
+        (B, H, K, V), dtype, D, layer, taps = state.shape, state.dtype, x.shape[2], self.layer, self._taps
         assert (layer.heads, layer.key, layer.value) == (H, K, V) and x.shape[:2] == (B, 1), "one token, heads of these widths"
-        assert (past is None) == (not taps) and (past is None or past.shape == (B, taps - 1, channels)), "what is convolved"
-        assert (statistic is None) == (layer.multiplier is None) and (statistic is None or statistic.shape == (B, H, K)), (
+        assert (past is None) == (not taps) and (past is None or past.shape == (B, taps - 1, sum(layer.widths))), "convolved"
+        remembers = layer.statistic
+        assert (None if statistic is None else statistic.shape) == (None if remembers is None else (B, *remembers)), (
             "what a multiplier remembers"
         )
         y, new = x.new_empty(B, 1, D if self.ends else H * V), state.new_empty(B, H, K, V)
         kept = None if past is None else past.new_empty(past.shape)
-        after = None if statistic is None else statistic.new_empty(B, H, K)
+        after = None if statistic is None else statistic.new_empty(statistic.shape)
         at, _alive = self._addresses(dtype)
         given = [None if tensor is None else _as_it_lies(tensor, dtype) for tensor in (x, past, state, statistic)]
         made = (y, kept, new, after)
         at[:_MOVING] = [0 if tensor is None else tensor.data_ptr() for tensor in (*given, *made)]
         work = B * H * K * V
         rows = min(_ROWS, -(-B // torch.get_num_threads())) if work >= _WORTH_A_THREAD else _ROWS
-        plan, first = _integers(B, max(taps, 1), D, *self._plan), layer.numbers[:5]
-        numbers = _numbers(dtype, K**-0.5, lowest_exponent(dtype), *first, self._eps, *layer.numbers[5:])
+        plan, numbers = self._told.get((B, dtype)) or self._tell(B, D, dtype)
         _call("token", dtype, -(-B // rows), work, rows, plan, at, numbers)
         return y, kept, new, after
+
+    def _tell(self, B: int, D: int, dtype: torch.dtype) -> tuple[Any, Any]:
+        """Sizes and kinds, and numbers, for a batch of B."""
+        first, rest, scale = self.layer.numbers[:5], self.layer.numbers[5:], self.layer.key**-0.5
+        plan = _integers(B, max(self._taps, 1), D, *self._plan)
+        self._told[B, dtype] = plan, _numbers(dtype, scale, lowest_exponent(dtype), *first, self._eps, *rest)
+        return self._told[B, dtype]
 
     def _addresses(self, dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
         """Where the layer's tensors stand (0: there is none), and the copies of what is not contiguous or of another dtype, which

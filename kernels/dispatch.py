@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import chunked, conjugate, cpu, fla, inverse_gram, reference, scans, token_scan, triton
-from .backends import resolve_backend
+from .backends import HALF_PRECISION, resolve_backend
 from .checks import (
     check_delta_rule,
     check_diagonal_scan,
@@ -76,7 +76,7 @@ def delta_rule(
     gate = "none" if log_decay is None else "scalar" if log_decay.ndim == 3 else "channel"
     dtype, operand = working_dtype(q, log_decay, initial_state), product_dtype(q.dtype, q.device)
     backend = resolve_backend(backend, q.device, q.shape[-1], v.shape[-1], gate, operand if dtype == torch.float32 else dtype)
-    if backend in ("triton", "fla"):
+    if backend in HALF_PRECISION:
         q, v, read_key, write_key = q.to(operand), v.to(operand), _to(read_key, operand), _to(write_key, operand)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rows = read_key if erase else None

@@ -2,7 +2,8 @@
 
     y = x / n,  n = sqrt(|x|^2 + eps)          dx = (dy - y <y, dy>) / n
 
-x, y [...,K], over the last axis. Differentiable once. And RMSNorm with a gate, in one compiled pass on a CPU.
+x, y [...,K], over the last axis. Differentiable once. And RMSNorm with a gate, and of a sum: one pass each way, compiled
+on a CPU, in Triton on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import decode
+from . import decode, first_use
+from . import triton as gpu
 from .cpu import norm
 from .precision import working_dtype
 
@@ -46,10 +48,12 @@ def rms_norm(
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight * activation(gate), the mean over the last axis, computed in float32 or wider and
     returned in `dtype` (x's where None). `gate` has as many numbers as x, heads side by side: x [...,H,K], gate [...,H K], and
-    so the result then. `activation` of the gate: silu | sigmoid."""
+    so the result then. `activation` of the gate: silu | sigmoid. Differentiable once where it is one pass."""
     dtype = dtype or x.dtype
     if norm.serves(x) and (gate is None or norm.serves(gate)) and dtype in norm.DTYPES:
         return norm.rms_norm(x, weight, eps, gate, _KINDS[activation if gate is not None else "none"], dtype)
+    if first_use.layers_hold(x.device) and gpu.supports_norm(x, weight, dtype, gate=gate):
+        return gpu.rms_norm(x, weight, eps, gate, activation, dtype)
     if gate is None and dtype == x.dtype and x.shape[-1] >= decode.SMALLEST and decode.serves(x, weight):
         return decode.rms_norm(x, weight, eps)
     taken = working_dtype(x)
@@ -62,10 +66,12 @@ def rms_norm(
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(s, n): s = x + more in x's dtype, n = s / sqrt(mean(s^2) + eps) * weight in `dtype` (x's where None), as `rms_norm`. x and
-    `more` have one shape [...,C], `more` perhaps in less precision than x. Differentiable once where it is compiled."""
+    `more` have one shape [...,C], `more` perhaps in less precision than x. Differentiable once where it is one pass."""
     dtype = dtype or x.dtype
     if norm.serves(x) and x.dtype != torch.bfloat16 and norm.serves(more) and x.shape == more.shape and dtype in norm.DTYPES:
         return norm.add_rms_norm(x, more, weight, eps, dtype)
+    if first_use.layers_hold(x.device) and gpu.supports_norm(x, weight, dtype, more=more):
+        return gpu.add_rms_norm(x, more, weight, eps, dtype)
     total = (x + more).to(x.dtype)
     return total, rms_norm(total, weight, eps, dtype=dtype)
 

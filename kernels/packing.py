@@ -1,4 +1,4 @@
-"""Sequences of different lengths, packed packed into a batch of 1: where each begins, and how they are worked off.
+"""Sequences of different lengths, packed into a batch of 1: where each begins, and how they are worked off.
 
 A packed call is defined as one call per sequence (`one_by_one`). `in_batches` computes the same with few calls: sequences of
 similar length become the rows of a batch, padded with tokens of zeros, which neither read, write nor forget. Triton kernels and
@@ -48,7 +48,8 @@ class Packing:
 
     def per_token(self, x: Tensor) -> Tensor:
         """[N,...] -> [1,T,...]: every sequence's own for each of its tokens."""
-        return x.repeat_interleave(torch.tensor(self.lengths, device=x.device), dim=0)[None]
+        lengths = torch.tensor(self.lengths, device=x.device)
+        return x.repeat_interleave(lengths, dim=0, output_size=self.starts[-1])[None]  # else the device is asked
 
     def chunks(self, size: int) -> int:
         """Of `size` tokens, over all sequences; no chunk holds tokens of two."""

@@ -20,15 +20,17 @@ def working_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """In which precision a product of tensors of this dtype is taken there: under autocast in its own, but for float64."""
-    autocast = dtype != torch.float64 and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if autocast else dtype
+    narrow = dtype != torch.float64 and _autocasts(device)
+    return torch.get_autocast_dtype(device.type) if narrow else dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast would turn the recurrence's products into bfloat16 behind its back; forward and backward both leave it."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # torch knows no autocast of "meta", and raises
 
 
 def lowest_exponent(dtype: torch.dtype) -> float:

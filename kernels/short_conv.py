@@ -5,8 +5,9 @@
 x [B,T,C]; past [B,W-1,C], the inputs before x (zeros at a sequence's start); w [W,C]. y is one tensor [B,T,C], or several that
 share C, each of whole heads of `unit` channels over which |u_t| is taken, or not normalised.
 
-Written as W shifted multiply-adds over [B,T,C], or one compiled pass on a CPU: torch's general convolution wants [B,C,T], and its
-two transposes and its backward cost five times as much as the multiply-adds at these widths on a CPU.
+One compiled pass on a CPU, one Triton kernel each way on a GPU, or W shifted multiply-adds over [B,T,C]: torch's general
+convolution wants [B,C,T], and its two transposes and its backward cost five times as much as the multiply-adds at these widths on
+a CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import first_use
+from . import triton as gpu
 from .cpu import convolution
 from .normalise import unit_backward, unit_forward
 from .precision import working_dtype
@@ -25,8 +28,8 @@ from .precision import working_dtype
 
 def short_convolution(x: Tensor, weight: Tensor, past: Tensor | None = None, silu: bool = True) -> Tensor:
     """y [B,T,C] for x [B,T,C], weight [W,C], past [B,W-1,C] or None (zeros), all of one dtype. `silu` False gives z."""
-    (y,) = _convolved(x, weight, past, (x.shape[-1],), (0,), silu, 0.0)
-    return y.to(x.dtype)
+    (y,) = _convolved(x, weight, past, (x.shape[-1],), (0,), silu, 0.0, x.dtype)
+    return y
 
 
 def convolved_heads(
@@ -37,27 +40,39 @@ def convolved_heads(
     units: Sequence[int],
     silu: bool,
     eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs [B,T,size], one for each of `sizes`, which add up to C; `units`: the channels of a head over which an output is
-    normalised, 0 where it is not. Computed and returned in float32 or wider, whatever x's dtype is."""
-    return _convolved(x, weight, past, sizes, units, silu, eps)
+    normalised, 0 where it is not. Computed in float32 or wider, whatever x's dtype is, and returned in `dtype`, or as computed
+    where that is None. On a GPU they are written once, in `dtype`; elsewhere a `dtype` narrower than float32 is one more pass."""
+    return _convolved(x, weight, past, sizes, units, silu, eps, dtype)
 
 
 def _convolved(
-    x: Tensor, weight: Tensor, past: Tensor | None, sizes: Sequence[int], units: Sequence[int], silu: bool, eps: float
+    x: Tensor,
+    weight: Tensor,
+    past: Tensor | None,
+    sizes: Sequence[int],
+    units: Sequence[int],
+    silu: bool,
+    eps: float,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     padded = x if past is None else torch.cat([past.to(x.dtype), x], dim=1)
     taps = weight.to(working_dtype(x, weight))
-    if padded.dtype != torch.bfloat16:
+    dtype = dtype or taps.dtype
+    fused = first_use.layers_hold(x.device) and gpu.supports_convolution(padded.dtype, taps.dtype, dtype, len(taps), units)
+    if not fused and padded.dtype != torch.bfloat16:
         padded = padded.to(taps.dtype)
     outputs: tuple[Tensor, ...] = _ShortConvolution.apply(  # type: ignore[no-untyped-call]
-        padded, taps, x.shape[1], tuple(sizes), tuple(units), silu, eps
+        padded, taps, x.shape[1], tuple(sizes), tuple(units), silu, eps, dtype if fused else None
     )
-    return outputs
+    return tuple(y.to(dtype) for y in outputs)
 
 
 class _ShortConvolution(torch.autograd.Function):
-    """Over `padded` [B,P+T,C], whose first P = W-1 or 0 rows are the past; keeps its inputs alone."""
+    """Over `padded` [B,P+T,C], whose first P = W-1 or 0 rows are the past; keeps its inputs alone. `fused`: on a GPU, the dtype
+    of the outputs of its kernel, or None."""
 
     @staticmethod
     def forward(
@@ -69,9 +84,12 @@ class _ShortConvolution(torch.autograd.Function):
         units: tuple[int, ...],
         silu: bool,
         eps: float,
+        fused: torch.dtype | None,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(padded, weight)
-        ctx.options = units, silu, eps
+        ctx.options, ctx.fused = (units, silu, eps), fused is not None
+        if fused is not None:
+            return gpu.convolve(padded, weight, tokens, sizes, units, silu, eps, fused)
         if convolution.serves(padded):
             return convolution.convolve(padded, weight, tokens, sizes, units, silu, eps)
         z = _convolve(padded.to(weight.dtype), weight, tokens)
@@ -84,11 +102,13 @@ class _ShortConvolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         padded, weight = ctx.saved_tensors
         units, silu, eps = ctx.options
-        if convolution.serves(padded):
+        if ctx.fused:
+            found = gpu.convolve_backward(padded, weight, gradients, units, silu, eps)
+        elif convolution.serves(padded):
             found = convolution.convolve_backward(padded, weight, gradients, units, silu, eps)
         else:
             found = _backward(padded.to(weight.dtype), weight, gradients, units, silu, eps)
-        return found[0].to(padded.dtype), found[1], None, None, None, None, None
+        return found[0].to(padded.dtype), found[1], None, None, None, None, None, None
 
 
 def _backward(

@@ -21,7 +21,7 @@ from .component import (
 from .initialise import initialise
 from .language_model import LanguageModel
 from .layers import Projection
-from .mixer import Mixer, MixerState, RecurrentMixer
+from .mixer import Mixer, RecurrentMixer
 from .multipliers import Multiplier, Multiplies
 from .settings import Block, QueryKey
 from .signals import Forget, GateOutput, Preconditioned, Step, Told, wide
@@ -36,6 +36,7 @@ from .spec import (
     spec_from_mapping,
     with_block,
 )
+from .state import MixerState
 
 __all__ = [
     "AXES",

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .initialise import initialise
 from .layers import Projection
-from .mixer import Mixer, MixerState
+from .mixer import Mixer
 from .signals import wide
 from .spec import AttentionSpec
+from .state import MixerState
 
 _FEWEST_ROWS = 64
 """Queries that are worked off together under a window, at least: below it the calls cost more than the products."""

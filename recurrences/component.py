@@ -149,6 +149,8 @@ class StepSize(Component):
     axis = "step_size"
     unit_keys: ClassVar[bool] = False
     """True where the key that comes out has norm <= 1 whatever came in."""
+    reads_key: ClassVar[bool] = True
+    """False where the step does not depend on the key, which is handed on as it came: then it may come in half precision."""
     needs_position: ClassVar[bool] = False
     """True where forward takes a fourth argument: the number of tokens before this call, [B] int64."""
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..kernels.cpu.decode_layer import NOTHING, Around, Law, Layer, Multiplier, Product, Step, Weights
 from ..kernels.decode import FEW, Token
 from .erase import ChannelErase, DeltaErase, NoErase, NoFeedback, ReadKeyFeedback, ScaledErase
+from .exact import Exact
 from .forgetting import ConstantForgetting, GatedForgetting, LearnedForgetting, NoForgetting, TiedForgetting, TokenForgetting
 from .gates import ChannelGate, ChannelSigmoidGate, FixedGate, NoGate, ScalarGate, ScalarSigmoidGate
 from .layers import L2_EPS, Projection, RMSNorm, ShortConvolution, Skip
@@ -129,12 +130,13 @@ def layer_of(mixer: RecurrentMixer) -> Layer | None:
     """What a compiled token is told once for all, where it serves this layer; None where it does not."""
     spec, shape, block = mixer.spec, mixer.shape, mixer.block
     laws = all(type(part) in _LAWS for part in (mixer.gate, mixer.forgetting)) and type(mixer.step_size) in _STEPS
+    alike = all(type(part) is type(mixer.step_size) and part.config == mixer.step_size.config for part in mixer.later_steps)
     reads = type(mixer.erase) in _ERASES and type(mixer.feedback) in (NoFeedback, ReadKeyFeedback)
     layers = ((mixer.conv, ShortConvolution), (mixer.norm, RMSNorm), (mixer.skip, Skip))
     plain = all(part is None or type(part) is kind for part, kind in layers) and type(mixer.value_gain) in _VALUES
-    if not (laws and reads and plain and _multiplies(mixer)) or spec.substeps > 1 or spec.qk.activation not in _ACTIVATIONS:
+    if not (laws and alike and reads and plain and _multiplies(mixer)) or spec.qk.activation not in _ACTIVATIONS:
         return None
-    if any(hooked(part) for part in mixer._modules.values() if part is not None):
+    if any(hooked(part) for part in (*mixer._modules.values(), *mixer.later_steps) if part is not None):
         return None
     if type(mixer.step_size) is TimeStep and type(mixer.gate) is not ScalarGate:
         return None
@@ -156,6 +158,7 @@ def layer_of(mixer: RecurrentMixer) -> Layer | None:
         _VALUES[type(mixer.value_gain)],
         getattr(mixer.value_gain.config, "eps", 0.0),
         block.output_gate,
+        spec.substeps,
     )
 
 
@@ -164,8 +167,12 @@ def _multiplies(mixer: RecurrentMixer) -> bool:
     config, kind = mixer.preconditioner.config, type(mixer.preconditioner)
     if kind is NoPreconditioner:
         return True
+    if kind is Exact:
+        return bool(config.control == "none" and config.side != "both")
     if kind not in (Diagonal, Hypergradient) or (config.control, config.normalise) != ("none", "none"):
         return False
+    if mixer.spec.substeps > 1 and getattr(config, "clip", "none") == "chunk":
+        return False  # after a token's last substep alone
     if kind is Diagonal:
         options = (config.squash, config.interval, config.exponent, config.current)
         if options != ("softsign", "symmetric", 1.0, True):
@@ -179,6 +186,10 @@ def _multiplier(mixer: RecurrentMixer) -> Multiplier | None:
         return None
     forget = _LAWS[type(forgetting)](forgetting.config)
     gain = Law("sigmoid") if type(forgetting) is GatedForgetting else None
+    if kind is Exact:
+        matrix: Any = "gram" if config.side == "query" else "inverse"
+        solver = {"limit": config.limit, "floor": config.floor, "iterations": config.iterations}
+        return Multiplier(matrix, config.side, forget, gain, **solver)
     if kind is Diagonal:
         return Multiplier("diagonal", config.side, forget, gain, math.log(config.x))
     box = (-math.inf, math.inf) if config.clip == "none" else config.box
@@ -197,6 +208,7 @@ def weights_of(mixer: RecurrentMixer, x: Tensor | None) -> Weights | None:
         make.law(forgetting),
         make.product(forgetting.gain) if type(forgetting) is GatedForgetting else NOTHING,
     )
+    later = tuple(make.law(part) for part in mixer.later_steps)
     read, value = (
         make.product(part.proj) if type(part) in (ChannelErase, ChannelGain) else NOTHING
         for part in (mixer.erase, mixer.value_gain)
@@ -219,6 +231,8 @@ def weights_of(mixer: RecurrentMixer, x: Tensor | None) -> Weights | None:
         mixer.feedback._parameters.get("D"),
         mixer.value_gain._parameters.get("gain"),
         None if mixer.skip is None else mixer.skip.D,
+        mixer.preconditioner._parameters.get("ridge"),
+        later,
     )
 
 

@@ -23,8 +23,9 @@ from .component import Component
 from .documents import read_by_document
 from .initialise import initialise, initialised_later
 from .layers import PROJECTION_STD, Embedding, Projection, RMSNorm
-from .mixer import Mixer, MixerState, RecurrentMixer, token_of
+from .mixer import Mixer, RecurrentMixer, token_of
 from .spec import SPECS, LayerSpec, MixerSpec, layers_of
+from .state import MixerState
 
 IGNORE = -100
 LanguageModelState = list[MixerState]

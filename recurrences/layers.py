@@ -92,11 +92,11 @@ class ShortConvolution(nn.Module):
         return short_convolution(x, self.weight, state, self.silu), self._after(x, state)
 
     def heads(
-        self, x: Tensor, state: Tensor | None, sizes: Sequence[int], units: Sequence[int]
+        self, x: Tensor, state: Tensor | None, sizes: Sequence[int], units: Sequence[int], dtype: torch.dtype | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """x [B,T,C] -> (y in pieces of `sizes` channels, in float32 or wider, the last size-1 inputs where a state was given).
-        A piece is L2-normalised over heads of `units` channels, or not where that is 0."""
-        return convolved_heads(x, self.weight, state, sizes, units, self.silu, L2_EPS), self._after(x, state)
+        """x [B,T,C] -> (y in pieces of `sizes` channels, in `dtype` or float32 or wider, the last size-1 inputs where a state was
+        given). A piece is L2-normalised over heads of `units` channels, or not where that is 0."""
+        return convolved_heads(x, self.weight, state, sizes, units, self.silu, L2_EPS, dtype), self._after(x, state)
 
     def _after(self, x: Tensor, state: Tensor | None) -> Tensor | None:
         return None if state is None else torch.cat([state.to(x.dtype), x], dim=1)[:, x.shape[1] :]

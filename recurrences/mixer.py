@@ -5,8 +5,7 @@ B batch, T time, H heads, K key width, V value width, D model width.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -15,53 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels import decode, delta_rule, resolve_backend
+from ..kernels import HALF_PRECISION, decode, delta_rule, resolve_backend
 from ..kernels.cpu.decode_layer import Layer
 from ..kernels.precision import product_dtype
 from ..strict import build, plain
 from . import decoding
 from .component import Component, HeadShape
+from .erase import DeltaErase, NoErase, NoFeedback
 from .forgetting import NoForgetting
 from .initialise import initialise
 from .layers import Projection, RMSNorm, ShortConvolution, Skip, activate, l2_normalise, output_gate
+from .preconditioners import NoPreconditioner
 from .settings import Block
 from .signals import Forget, GateOutput, Step, Told, wide
 from .spec import LayerSpec, RecurrenceSpec
-
-
-@dataclass
-class MixerState:
-    """What a layer carries from one token to the next; tensors that a layer does not need are None."""
-
-    conv: Tensor | None = None
-    memory: Tensor | None = None
-    """[B,H,K,V], float32 or wider."""
-    statistic: Tensor | None = None
-    """[B,H,K] or [B,H,K,K], float32 or wider."""
-    position: Tensor | None = None
-    """[B] int64: tokens so far, where the step size depends on it."""
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    """Attention's cache, [B,H,T,K] and [B,H,T,V]."""
-
-    def tensors(self) -> Iterator[Tensor]:
-        for field in dataclasses.fields(self):
-            tensor = getattr(self, field.name)
-            if tensor is not None:
-                yield tensor
-
-    def map(self, function: Callable[..., Tensor], *others: MixerState) -> MixerState:
-        """A state of `function(tensor)` of each tensor, or of `function(tensor, ...)` of the same tensors of several states."""
-        found = {}
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) is not None:
-                found[field.name] = function(*(getattr(state, field.name) for state in (self, *others)))
-        return MixerState(**found)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of all tensors, for the whole batch."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+from .state import MixerState
+from .value_gains import NoGain
 
 
 @dataclass(frozen=True)
@@ -79,8 +47,8 @@ class Observed:
     memory: Tensor | None
 
 
-# So that torch.load reads a saved state as it is, without `weights_only=False`: there is nothing in it but tensors.
-torch.serialization.add_safe_globals([MixerState])
+_HANDED_ON = (NoPreconditioner, DeltaErase, NoErase, NoGain, NoFeedback)
+"""Components that hand on what they are given: a kernel reads it as the convolution wrote it."""
 _MIXERS: dict[type, type[Mixer]] = {}
 """Kind of spec -> the mixer that is built from it."""
 
@@ -197,6 +165,8 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         self.erase = spec.erase.build(shape)
         self.value_gain = spec.value_gain.build(shape)
         self.feedback = spec.feedback.build(shape)
+        parts = (self.preconditioner, self.erase, self.value_gain, self.feedback)
+        self.straight = self.activated and not self.step_size.reads_key and all(type(part) in _HANDED_ON for part in parts)
         self.observer: Callable[[Observed], None] | None = None
         """Called before every pass through the recurrence, with what goes in."""
         self.skip = Skip(heads) if self.block.skip else None
@@ -235,6 +205,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         single = state is not None and self.decodes(x, before)
         if single and (layer := self.compiled()) is not None:
             return self._token(x, before, layer)
+        single = single and n == 1  # `decode.step` takes one
         q, raw_key, k, v, conv = self._project(x, before.conv)
         each = x.repeat_interleave(n, dim=1) if n > 1 else x
         gate = self.gate(x)
@@ -246,7 +217,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         value = value if step.value_gain is None else value * step.value_gain.unsqueeze(-1)
         # Where the key that is read is the one that is written, the kernel takes beta: no write key stands in memory.
         beta = step.beta if key is read and not single and self.observer is None else None
-        write = key if step.beta is None or beta is not None else step.beta.unsqueeze(-1) * key
+        write = key if step.beta is None or beta is not None else (step.beta.unsqueeze(-1) * key).to(key.dtype)
         read_key = read if self.spec.erases or beta is not None else None
         if self.observer is not None:
             self.observer(Observed(read_key, write, value, log_decay, before.memory))
@@ -276,7 +247,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
 
     def decodes(self, x: Tensor, before: MixerState) -> bool:
         """Whether this call is one token that the compiled loops of `decode` serve."""
-        if before.memory is None or self.spec.substeps > 1 or self.backend not in ("auto", "cpu"):
+        if before.memory is None or self.backend not in ("auto", "cpu"):
             return False
         one = x.shape == (len(before.memory), 1, self.shape.width)  # what does not fit, the general way says
         small = self.backend == "auto" and min(self.shape.key, self.shape.value) < decode.SMALLEST
@@ -300,8 +271,9 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         return y if token.ends else self.out_proj(y), state
 
     def _project(self, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """x -> q [B,T,H,K], the key [B,Tn,H,K] as it came (where a value gain asks for it) and normalised, v [B,Tn,H,V], in
-        float32 or wider: statistics and state never see bfloat16."""
+        """x -> q [B,T,H,K], the key [B,Tn,H,K] as it came (where a value gain asks for it) and normalised, v [B,Tn,H,V]: in
+        float32 or wider, or, where nothing but a kernel that takes 16-bit operands reads them, as x is projected. Statistics and
+        state never see bfloat16."""
         mixed = self.in_proj(x)
         heads, qk = self.shape.heads, self.spec.qk
         groups, normalised_q, normalised_k = self.block.key_heads or heads, qk.normalise_q == "l2", qk.normalise_k == "l2"
@@ -311,7 +283,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
             q, k, v = mixed.to(wide(mixed)).split(self.sizes, dim=-1)
         else:
             units = (early_q * self.shape.key, early_k * self.shape.key, 0)
-            (q, k, v), conv_state = self.conv.heads(mixed, conv_state, self.sizes, units)
+            (q, k, v), conv_state = self.conv.heads(mixed, conv_state, self.sizes, units, self._operand(mixed))
         q, k = (part.unflatten(-1, (-1, groups, self.shape.key)).flatten(1, 2) for part in (q, k))
         v = v.unflatten(-1, (-1, heads, self.shape.value)).flatten(1, 2)
         if not self.activated:
@@ -321,6 +293,11 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         if groups < heads:
             q, k = (part.repeat_interleave(heads // groups, dim=2) for part in (q, k))
         return q, k, l2_normalise(k) if normalised_k and not early_k else k, v, conv_state
+
+    def _operand(self, mixed: Tensor) -> torch.dtype | None:
+        """Of q, k and v; None: float32 or wider."""
+        half = mixed.dtype.itemsize == 2 and self.straight and self.observer is None
+        return mixed.dtype if half and self.resolved_backend(mixed.device) in HALF_PRECISION else None
 
     def _steps(self, x: Tensor, key: Tensor, gate: GateOutput, position: Tensor | None) -> list[Step]:
         """The step of every substep, each over [B,T]."""

@@ -28,6 +28,8 @@ class One(StepSize):
     Source: linear attention, arXiv 2006.16236.
     """
 
+    reads_key = False
+
     def forward(self, x: Tensor, key: Tensor, gate: GateOutput) -> Step:
         return Step(key)
 
@@ -39,6 +41,8 @@ class Constant(StepSize):
     Source: the fixed learning rate of test-time regression, arXiv 2501.12352.
     """
 
+    reads_key = False
+
     @dataclass(frozen=True)
     class Config:
         beta: float = option(0.5, "the step", above=0, max=2)
@@ -48,7 +52,7 @@ class Constant(StepSize):
         return float(config.beta)
 
     def forward(self, x: Tensor, key: Tensor, gate: GateOutput) -> Step:
-        return Step(key, key.new_full(key.shape[:3], self.config.beta))
+        return Step(key, key.new_full(key.shape[:3], self.config.beta, dtype=wide(key)))
 
 
 @component("step_size", "dt")
@@ -57,6 +61,8 @@ class TimeStep(StepSize):
 
     Needs `gate: scalar`. Source: Mamba-2, arXiv 2405.21060.
     """
+
+    reads_key = False
 
     @classmethod
     def largest(cls, config: Any) -> float:
@@ -114,6 +120,8 @@ class Sigmoid(_Learned):
     Source: DeltaNet, arXiv 2406.06484; negative eigenvalues, arXiv 2411.12537.
     """
 
+    reads_key = False
+
     @dataclass(frozen=True)
     class Config(_Range):
         """The range alone."""
@@ -130,6 +138,7 @@ class InverseTime(_Learned):
     1.44. W ~ N(0, 0.02). Source: Robbins and Monro 1951.
     """
 
+    reads_key = False
     needs_position = True
 
     @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from numba import njit, prange
 from . import decode_places as place
 from .compiled import FASTMATH, GAP
 from .decode_code import SIGMOID, checksum, gate
+from .decode_gram import precondition_by_matrix
 from .decode_parts import (
     COLUMNS,
     ROWS,
@@ -31,6 +32,7 @@ from .decode_parts import (
     part,
     precondition,
     projected,
+    projected_into,
     remembered,
     rows_at,
     stepped,
@@ -41,11 +43,11 @@ Compiled = Callable[..., None]
 
 
 @part
-def _keys(h: int, y: Any, read_gate: Any, z: Any, dt: Any, rows: Any, plan: Any, at: Any, numbers: Any) -> Any:
+def _keys(h: int, substep: int, y: Any, read_gate: Any, z: Any, dt: Any, rows: Any, plan: Any, at: Any, numbers: Any) -> Any:
     """q, the key that is read and the one that is written of head h, from the convolved y; (beta, the value's scale)."""
     G, H, K, one = plan[place.KEY_HEADS], plan[place.HEADS], plan[place.KEY], numbers.dtype.type(1)
     q = h // (H // G) * K
-    k = q + G * K
+    k = q + (1 + substep) * G * K
     inverse_q = inverse_root(y, along(y, q, y, q, K), numbers[place.EPS_Q])
     square = along(y, k, y, k, K)
     inverse_k = inverse_root(y, square, numbers[place.EPS_K])
@@ -85,9 +87,22 @@ def _values(h: int, y: Any, start: int, scale: Any, value_gate: Any, columns: An
 
 
 @part
+def _remains(h: int, a: Any, z_forget: Any, z_gain: Any, plan: Any, at: Any, numbers: Any) -> Any:
+    """(gamma, gain) of head h's statistic; a: the state's decay."""
+    kind, gamma, gain = plan[place.LAW + place.FORGET - place.GATE], numbers.dtype.type(1), numbers.dtype.type(1)
+    if kind == place.TIED:
+        gamma = a
+    elif kind > 0:
+        gamma = decay(law(place.FORGET, z_forget[h], h, plan, at, numbers), numbers[place.LOWEST])
+    if plan[place.LAW + place.GAIN - place.GATE] > 0:
+        gain = law(place.GAIN, z_gain[h], h, plan, at, numbers)
+    return gamma, gain
+
+
+@part
 def _token(b: int, mixed: Any, z: Any, plan: Any, at: Any, numbers: Any, o: Any) -> None:
     """Sequence b: from the projections to the normalised output o [H V]."""
-    G, H, K, V = plan[place.KEY_HEADS], plan[place.HEADS], plan[place.KEY], plan[place.VALUE]
+    G, H, K, V, n = plan[place.KEY_HEADS], plan[place.HEADS], plan[place.KEY], plan[place.VALUE], plan[place.SUBSTEPS]
     z_gate, z_step, z_forget, z_gain, read_gate, value_gate = z
     one = numbers.dtype.type(1)
     y = np.empty(mixed.shape[0] + GAP, numbers.dtype)
@@ -99,26 +114,26 @@ def _token(b: int, mixed: Any, z: Any, plan: Any, at: Any, numbers: Any, o: Any)
         if plan[place.LAW] > 0 and plan[place.PER_CHANNEL] == 0:
             a = decay(law(place.GATE, z_gate[h], h, plan, at, numbers), numbers[place.LOWEST])
             dt = z_gate[h] if z_gate[h] > 20 else math.log1p(math.exp(z_gate[h]))
-        for k in range(K):
-            rows[place.DECAY, k] = a
-        if plan[place.PER_CHANNEL] > 0:
-            channel_decays(z_gate, h, rows, plan, at, numbers)
-        beta, scale = _keys(h, y, read_gate, z_step[h], dt, rows, plan, at, numbers)
-        if plan[place.KIND] > 0:
-            gamma, gain = one, one
-            if plan[place.LAW + place.FORGET - place.GATE] == place.TIED:
-                gamma = a
-            elif plan[place.LAW + place.FORGET - place.GATE] > 0:
-                gamma = decay(law(place.FORGET, z_forget[h], h, plan, at, numbers), numbers[place.LOWEST])
-            if plan[place.LAW + place.GAIN - place.GATE] > 0:
-                gain = law(place.GAIN, z_gain[h], h, plan, at, numbers)
-            precondition(b, h, beta, gamma, gain, rows, plan, at, numbers)
-        for k in range(K):
-            rows[place.WRITE, k] *= beta
-        _values(h, y, 2 * G * K, scale, value_gate, columns, plan, at, numbers)
-        S = rows_at(at[place.STATE], (b * H + h) * K, K, V, numbers)
+        gamma, gain = _remains(h, a, z_forget, z_gain, plan, at, numbers)
         new = rows_at(at[place.NEW_STATE], (b * H + h) * K, K, V, numbers)
-        remembered(S, rows, columns, plan[place.ERASE] != place.NO_ERASE, numbers[place.SCALE], new)
+        for j in range(n):  # from the second on, what is forgotten is, and state and statistic are changed where they stand
+            first = j == 0
+            for k in range(K):
+                rows[place.DECAY, k] = a if first else one
+            if plan[place.PER_CHANNEL] > 0 and first:
+                channel_decays(z_gate, h, rows, plan, at, numbers)
+            beta, scale = _keys(h, j, y, read_gate, z_step[j, h], dt, rows, plan, at, numbers)
+            before = place.OLD_STATISTIC if first else place.NEW_STATISTIC
+            left = gamma if first else one
+            if plan[place.KIND] >= place.INVERSE:
+                precondition_by_matrix(b, h, before, j == n - 1, beta, left, gain, rows, plan, at, numbers)
+            elif plan[place.KIND] > 0:
+                precondition(b, h, before, beta, left, gain, rows, plan, at, numbers)
+            for k in range(K):
+                rows[place.WRITE, k] *= beta
+            _values(h, y, (1 + n) * G * K + j * H * V, scale, value_gate, columns, plan, at, numbers)
+            S = rows_at(at[place.STATE if first else place.NEW_STATE], (b * H + h) * K, K, V, numbers)
+            remembered(S, rows, columns, plan[place.ERASE] != place.NO_ERASE, numbers[place.SCALE], new)
         if at[place.SKIP] != 0:
             D = rows_at(at[place.SKIP], h, 1, 1, numbers)[0, 0]
             for j in range(V):
@@ -129,17 +144,20 @@ def _token(b: int, mixed: Any, z: Any, plan: Any, at: Any, numbers: Any, o: Any)
 @part
 def _layer(h: Any, first: int, plan: Any, at: Any, numbers: Any) -> Any:
     """The layer's output [n,D] for its inputs h [n,D], those of the sequences from `first` on."""
-    n, H, K, V = h.shape[0], plan[place.HEADS], plan[place.KEY], plan[place.VALUE]
-    mixed = projected(place.MIXED, h, first, 2 * plan[place.KEY_HEADS] * K + H * V, plan, at, numbers)
+    n, H, K, V, m = h.shape[0], plan[place.HEADS], plan[place.KEY], plan[place.VALUE], plan[place.SUBSTEPS]
+    mixed = projected(place.MIXED, h, first, (1 + m) * plan[place.KEY_HEADS] * K + m * H * V, plan, at, numbers)
     gates = projected(place.GATE, h, first, H * K if plan[place.PER_CHANNEL] > 0 else H, plan, at, numbers)
-    steps = projected(place.STEP, h, first, H, plan, at, numbers)
+    steps = np.empty((m, n, H), numbers.dtype)
+    for j in range(m):
+        number = place.STEP if j == 0 else place.LATER_STEPS + j - 1
+        projected_into(steps[j], number, h, first, plan, at, numbers)
     forgets = projected(place.FORGET, h, first, H, plan, at, numbers)
     gains = projected(place.GAIN, h, first, H, plan, at, numbers)
     reads = projected(place.READ_GATE, h, first, H * K if plan[place.ERASE] == place.ERASE_CHANNEL else 0, plan, at, numbers)
     values = projected(place.VALUE_GATE, h, first, H * V if plan[place.VALUES] == place.CHANNEL_VALUE else 0, plan, at, numbers)
     o = np.empty((n, H * V), numbers.dtype)
     for i in range(n):
-        z = (gates[i], steps[i], forgets[i], gains[i], reads[i], values[i])
+        z = (gates[i], steps[:, i], forgets[i], gains[i], reads[i], values[i])
         _token(first + i, mixed[i], z, plan, at, numbers, o[i])
     if plan[place.OUTPUT_ACTIVATION] > 0:
         g = projected(place.OUTPUT_GATE, h, first, H * V, plan, at, numbers)

@@ -30,7 +30,10 @@ def checksum() -> int:
     """Of the vector code that decoding's loops are made of: Numba looks at the time of the calling file alone."""
     here = Path(__file__).parent
     return zlib.crc32(
-        b"".join((here / name).read_bytes() for name in ("decode_code.py", "decode_parts.py", "decode_places.py")), sources()
+        b"".join(
+            (here / name).read_bytes() for name in ("decode_code.py", "decode_gram.py", "decode_parts.py", "decode_places.py")
+        ),
+        sources(),
     )
 
 
@@ -192,9 +195,8 @@ def decays(typing: Any, kind: Any, z: Any, start: Any, a: Any, at: Any, n: Any, 
 
         def emit(c: Value, _: list[Value]) -> list[Value]:
             x = code.read(z, start, c)
-            if kind == SOFTPLUS:  # torch's, which is x itself beyond 20
-                large = code.builder.fcmp_ordered(">", x, code.constant(20))
-                y = code.mul(rate, code.choose(large, x, code.softplus(x)))
+            if kind == SOFTPLUS:
+                y = code.mul(rate, _softplus(code, x))
             elif kind == BOUNDED:
                 y = code.mul(code.minus(code.fill(low)), code.sigmoid(code.mul(rate, x)))
             else:
@@ -224,3 +226,22 @@ def diagonal(typing: Any, A: Any, start: Any, m: Any, at: Any, n: Any, centre: A
         code.each(n, [], emit)
 
     return law_code(body, m.dtype, A, start, m, at, n, centre, smallest, log_x)
+
+
+@_code
+def softplus(typing: Any, z: Any, y: Any, n: Any, least: Any) -> Any:
+    """n numbers of y: least + log(1 + exp(z))."""
+
+    def body(code: LawCode, z: Value, y: Value, n: Value, least: Value) -> None:
+        def emit(c: Value, _: list[Value]) -> list[Value]:
+            code.write(code.add(code.fill(least), _softplus(code, code.read(z, c))), y, c)
+            return []
+
+        code.each(n, [], emit)
+
+    return law_code(body, y.dtype, z, y, n, least)
+
+
+def _softplus(code: LawCode, x: Value) -> Value:
+    """torch's, which is x itself beyond 20."""
+    return code.choose(code.builder.fcmp_ordered(">", x, code.constant(20)), x, code.softplus(x))

@@ -1,6 +1,7 @@
 """What a decoded token is made of: products with the layer's matrices, the short convolution, laws, preconditioners, one head.
 
-B batch, H heads, G heads of q and k, K key width, V value width, D model width, C = 2 G K + H V channels, W taps. Tensors come as
+B batch, H heads, G heads of q and k, K key width, V value width, D model width, n substeps, C = G K + n (G K + H V)
+channels, W taps. Tensors come as
 addresses of contiguous memory (0: there is none) of the dtype of `numbers`: made into arrays one by one, they would take longer
 than the token. Constants have the dtype of the arrays: beside a Python number, Numba would work in float64.
 
@@ -91,11 +92,24 @@ def product(x: Any, w: Any, y: Any) -> None:
 @part
 def projected(number: int, x: Any, first: int, R: int, plan: Any, at: Any, numbers: Any) -> Any:
     """Product `number` of the rows x [n,.]: what is given of it, or W x + b, or W (W_inner x) + b, [n,R]; b alone without a W."""
-    n, base = x.shape[0], place.PRODUCTS + place.PLACES * number
+    y = np.empty((x.shape[0], R), numbers.dtype)
+    projected_into(y, number, x, first, plan, at, numbers)
+    return y
+
+
+@part
+def projected_into(y: Any, number: int, x: Any, first: int, plan: Any, at: Any, numbers: Any) -> None:
+    """`projected`, into y [n,R]."""
+    (n, R), base = y.shape, place.PRODUCTS + place.PLACES * number
     if at[base + place.Z_AT] != 0:
-        y = rows_at(at[base + place.Z_AT], first, n, R, numbers).copy()
+        z = rows_at(at[base + place.Z_AT], first, n, R, numbers)
+        for i in range(n):
+            for j in range(R):
+                y[i, j] = z[i, j]
     else:
-        y = np.zeros((n, R), numbers.dtype)
+        for i in range(n):
+            for j in range(R):
+                y[i, j] = numbers.dtype.type(0)
         rank = plan[place.RANK + number]
         if rank > 0:
             low = np.empty((n, rank), numbers.dtype)
@@ -108,7 +122,6 @@ def projected(number: int, x: Any, first: int, R: int, plan: Any, at: Any, numbe
         for i in range(n):
             for j in range(R):
                 y[i, j] += bias[0, j]
-    return y
 
 
 @part
@@ -128,7 +141,7 @@ def normalised(x: Any, weight: Any, eps: Any, y: Any) -> None:
 @part
 def convolved(b: int, x: Any, y: Any, plan: Any, at: Any, numbers: Any) -> None:
     """y [C] = activation(sum_i w_i x_{t-i}) of x [C], and the inputs kept for the next token of sequence b."""
-    W, C, keys = plan[place.TAPS], x.shape[0], 2 * plan[place.KEY_HEADS] * plan[place.KEY]
+    W, C, keys = plan[place.TAPS], x.shape[0], (1 + plan[place.SUBSTEPS]) * plan[place.KEY_HEADS] * plan[place.KEY]
     if W > 1:
         w, first = rows_at(at[place.TAP_WEIGHT], 0, W, C, numbers), b * (W - 1)
         past = rows_at(at[place.PAST], first, W - 1, C, numbers)
@@ -244,10 +257,13 @@ def stepped(h: int, b: Any, dt: Any, rows: Any, plan: Any, numbers: Any) -> Any:
 
 
 @part
-def precondition(b: int, h: int, beta: Any, gamma: Any, gain: Any, rows: Any, plan: Any, at: Any, numbers: Any) -> None:
-    """The preconditioner's multiplier on the sides that it has, and its next statistic; rows[WRITE] holds the key."""
+def precondition(
+    b: int, h: int, before: int, beta: Any, gamma: Any, gain: Any, rows: Any, plan: Any, at: Any, numbers: Any
+) -> None:
+    """The preconditioner's multiplier on the sides that it has, and its next statistic from that at at[before]; rows[WRITE]
+    holds the key."""
     H, K, one = plan[place.HEADS], plan[place.KEY], numbers.dtype.type(1)
-    old = rows_at(at[place.OLD_STATISTIC], b * H + h, 1, K, numbers)
+    old = rows_at(at[before], b * H + h, 1, K, numbers)
     new = rows_at(at[place.NEW_STATISTIC], b * H + h, 1, K, numbers)
     if plan[place.KIND] == place.DIAGONAL:
         for k in range(K):

@@ -1,4 +1,4 @@
-"""The kernels behind autograd: decoding token by token, everything else in chunks."""
+"""The kernels behind autograd: decoding token by token, everything else in chunks. torch.compile goes around them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..packing import Packing
 from . import chunk
-from .launch import SUB_BLOCK, Shape
+from .launch import SUB_BLOCK, Shape, uncompiled
 from .recurrent import recurrent
 
 LONGEST_CHUNK = 64
@@ -20,6 +20,7 @@ RECURRENT_TOKENS = 16
 arithmetic (a launch of each of six kernels against one that reads and writes the state once), not measured."""
 
 
+@uncompiled
 def delta_rule(
     q: Tensor,
     r: Tensor | None,

@@ -28,6 +28,11 @@ def store_row(x, value, begin, h, t, length, H: tl.constexpr, K: tl.constexpr, B
 
 
 @triton.jit
+def store_number(x, value, begin, h, t, length, H: tl.constexpr):
+    tl.store(x + (begin + t) * H + h, value, mask=t < length)
+
+
+@triton.jit
 def number(x, begin, h, t, length, absent, GIVEN: tl.constexpr, H: tl.constexpr):
     """x[begin + t, h] of [B,T,H] in float32, or `absent` where the caller gave no x."""
     return tl.load(x + (begin + t) * H + h, mask=t < length, other=0.0) if GIVEN else absent
@@ -78,6 +83,24 @@ def added(d, e, gamma, s, anchor, ANCHOR: tl.constexpr):
     if ANCHOR:
         kept += (1.0 - gamma) * anchor
     return kept + e * s
+
+
+@triton.jit
+def passed(
+    d, s, rate, b, gamma, anchor, low, high, t, length, cut, ANCHOR: tl.constexpr, BOX: tl.constexpr, EVERY: tl.constexpr
+):  # fmt: skip
+    """Four tokens from d, one by one: every d_t; 1 - b r; every d_{t+1} before the box; whether that is applied to it: where it
+    `cut` one of the four."""
+    each, left, before, clip = [d], [], [], []
+    for i in tl.static_range(4):
+        left += [1.0 - b[i] * tl.sum(d * s[i], 0)]
+        d = added(d, rate[i] * b[i] * left[i], gamma[i], s[i], anchor, ANCHOR)
+        before += [d]
+        clip += [cut & clips(t + i, length, EVERY) & (t + i < length)]
+        if BOX:
+            d = tl.where(clip[i], tl.minimum(tl.maximum(d, low), high), d)
+        each += [d]
+    return each, left, before, clip
 
 
 @triton.jit

@@ -29,9 +29,9 @@ def input_gradients(
     """dq, dr, dw in their inputs' dtype; dG [parts,B,T,H(,K)] in float32."""
     dq, dw, dr = torch.empty_like(q), torch.empty_like(w), None if r is None else torch.empty_like(r)
     channel = gate_of(G) == "channel"
-    # Before Hopper, and with float32 operands, everything that meets in a product is in registers: narrower steps. Elsewhere wide
+    # Where everything that meets in a product is in registers, as float32 operands always are, narrower steps. Elsewhere wide
     # ones, since every block of key channels reads dO, dV, E, dA and dM again.
-    scarce = launch.architecture(q.device) < 90 or shape.operand == torch.float32
+    scarce = launch.scarce(q.device) or shape.operand == torch.float32
     BK, BV = shape.block(shape.K, 32 if scarce else 64), shape.block(shape.V, 32 if scarce else 64)
     blocks = ceil_div(shape.K, BK)
     dG = None if G is None else torch.empty(1 if channel else blocks, *G.shape, dtype=torch.float32, device=q.device)

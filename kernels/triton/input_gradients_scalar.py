@@ -26,12 +26,7 @@ def input_gradients_scalar_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
-    blocks: tl.constexpr = (K + BK - 1) // BK
-    n = tl.program_id(0) // blocks
-    k0 = tl.program_id(0) % blocks * BK
-    s, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
-    pairs = n.to(tl.int64) * H + h
+    h, k0, s, begin, length, t0, pairs = tiles.place(table, sequences, T, H, K, C, BK, PACKED)
     state = pairs + s * H
     dq = tl.zeros([C, BK], tl.float32)
     dr = tl.zeros([C, BK], tl.float32)
@@ -80,4 +75,4 @@ def input_gradients_scalar_kernel(
         total = tl.sum(dg - w.to(tl.float32) * dw, 1)
         t = t0 + tl.arange(0, C)
         total += tl.where(t == tl.minimum(t0 + C, length) - 1, tl.sum(at_end, 0), 0.0)
-        tl.store(dG + tl.program_id(0).to(tl.int64) % blocks * part + (begin + t) * H + h, total, mask=real)
+        tl.store(dG + (k0 // BK).to(tl.int64) * part + (begin + t) * H + h, total, mask=real)

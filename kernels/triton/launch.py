@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ SUB_BLOCK = 16
 MOST_HEADS = 65535
 """Programs along a grid's second axis, CUDA's limit."""
 
+WHOLE = 1 << 30
+"""The chunk size of a kernel that walks over a sequence without chunks: its table names none but the sequences."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 Recorder = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, Any]], None]
 recorder: Recorder | None = None
 """When set, launches are handed to it instead of to a device."""
@@ -47,12 +51,17 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: in
         kernel[grid](**arguments, **options)
 
 
-def architecture(device: torch.device) -> int:
-    """80 for an A100, 90 for an H100: which tiles fit."""
-    if device.type != "cuda":
-        return target
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def uncompiled(function: Function) -> Function:
+    """torch.compile goes around `function`, for it cannot look into `run`."""
+    found: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return found
+
+
+def scarce(device: torch.device) -> bool:
+    """Whether products' operands and sums are all in registers: before Hopper, and on Blackwell for workstations, compute
+    capability 12, which multiplies as Ampere does."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else divmod(target, 10)
+    return not 90 <= 10 * major + minor < 120
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -23,12 +23,7 @@ def outputs_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
-    blocks: tl.constexpr = (V + BV - 1) // BV
-    v0 = tl.program_id(0) % blocks * BV
-    n = tl.program_id(0) // blocks
-    s, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
-    index = n.to(tl.int64) * H + h
+    h, v0, s, begin, length, t0, index = tiles.place(table, sequences, T, H, V, C, BV, PACKED)
     o = tl.zeros([C, BV], tl.float32)
     for k0 in range(0, K, BK):
         q = tiles.tile(Q, begin, h, t0, k0, length, H, K, C, BK)

@@ -28,7 +28,9 @@ def pairs(q: Tensor, r: Tensor | None, w: Tensor, G: Tensor | None, scale: float
         launch.run(pairs_channel_kernel, (shape.chunks * strips, shape.H), {**arguments, "R": SUB_BLOCK}, warps=4)
     else:
         gate = "none" if G is None else "scalar"
-        launch.run(pairs_scalar_kernel, (shape.chunks, shape.H), {**arguments, "GATE": gate}, warps=4)
+        # With float32 operands ptxas by itself aims lower than what it needs, and spills.
+        registers = 255 if shape.operand == torch.float32 else None
+        launch.run(pairs_scalar_kernel, (shape.chunks, shape.H), {**arguments, "GATE": gate}, 4, registers)
     return M, A
 
 

@@ -21,10 +21,7 @@ from .launch import Shape, ceil_div
 def prefix_kernel(
     g, G, table, sequences, T, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
-    blocks: tl.constexpr = (D + BD - 1) // BD
-    _, begin, length, t0 = tiles.chunk(tl.program_id(0) // blocks, table, sequences, T, C, PACKED)
-    d0 = tl.program_id(0) % blocks * BD
+    h, d0, _, begin, length, t0, _index = tiles.place(table, sequences, T, H, D, C, BD, PACKED)
     x = tiles.tile(g, begin, h, t0, d0, length, H, D, C, BD).to(tl.float32)
     tiles.store_tile(G, tl.cumsum(tl.maximum(x, tiles.FLOOR), 0), begin, h, t0, d0, length, H, D, C, BD)
 
@@ -35,10 +32,7 @@ def suffix_kernel(
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
-    blocks: tl.constexpr = (D + BD - 1) // BD
-    _, begin, length, t0 = tiles.chunk(tl.program_id(0) // blocks, table, sequences, T, C, PACKED)
-    d0 = tl.program_id(0) % blocks * BD
+    h, d0, _, begin, length, t0, _index = tiles.place(table, sequences, T, H, D, C, BD, PACKED)
     x = tl.zeros([C, BD], tl.float32)
     for _ in tl.static_range(PARTS):
         x += tiles.tile(dG, begin, h, t0, d0, length, H, D, C, BD)

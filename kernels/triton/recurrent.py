@@ -62,8 +62,8 @@ def recurrent(
     warps = max(1, BK * BV // 2048)
     arguments = {
         "q": q, "r": q if r is None else r, "w": w, "v": v, "g": q if g is None else g, "first": last if first is None else first,
-        "o": o, "last": last, "scale": scale, **launch.places(q, shape.T, shape.H, 1, shape.packing), "K": shape.K, "V": shape.V,
-        "BK": BK, "BV": BV, "GATE": gate_of(g), "ERASE": r is not None, "FIRST": first is not None,
+        "o": o, "last": last, "scale": scale, **launch.places(q, shape.T, shape.H, launch.WHOLE, shape.packing), "K": shape.K,
+        "V": shape.V, "BK": BK, "BV": BV, "GATE": gate_of(g), "ERASE": r is not None, "FIRST": first is not None,
     }  # fmt: skip
     launch.run(recurrent_kernel, (shape.heads, ceil_div(shape.V, BV)), arguments, warps, registers=255)
     return o, last

@@ -58,12 +58,7 @@ def chunk_totals_kernel(
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, SQUARE: tl.constexpr,
     GAIN: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
-    blocks: tl.constexpr = (K + BK - 1) // BK
-    n = tl.program_id(0) // blocks
-    k0 = tl.program_id(0) % blocks * BK
-    _, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
-    index = n.to(tl.int64) * H + h
+    h, k0, _, begin, length, t0, index = tiles.place(table, sequences, T, H, K, C, BK, PACKED)
     G = prefix(g, begin, h, t0, length, GATE, H, C)
     end = at(G, C - 1, C)
     weights = tl.exp(G if REVERSE else end - G)
@@ -103,14 +98,10 @@ def diagonal_scan_kernel(
     u, g, entering, A, table, sequences, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
-    blocks: tl.constexpr = (K + BK - 1) // BK
-    n = tl.program_id(0) // blocks
-    k0 = tl.program_id(0) % blocks * BK
-    _, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
+    h, k0, _, begin, length, t0, index = tiles.place(table, sequences, T, H, K, C, BK, PACKED)
     G = prefix(g, begin, h, t0, length, GATE, H, C)
     x = tiles.tile(u, begin, h, t0, k0, length, H, K, C, BK).to(tl.float32)
-    a = vector(entering, n.to(tl.int64) * H + h, k0, K, BK)
+    a = vector(entering, index, k0, K, BK)
     total = tl.dot(decay_between(G, C), x, input_precision="tf32x3") + tl.exp(G)[:, None] * a[None, :]
     tiles.store_tile(A, total, begin, h, t0, k0, length, H, K, C, BK)
 
@@ -120,12 +111,7 @@ def diagonal_scan_adjoint_kernel(
     dA, g, leaving, entering, A, du, dg, table, sequences, T, part,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
-    blocks: tl.constexpr = (K + BK - 1) // BK
-    n = tl.program_id(0) // blocks
-    k0 = tl.program_id(0) % blocks * BK
-    _, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
-    index = n.to(tl.int64) * H + h
+    h, k0, _, begin, length, t0, index = tiles.place(table, sequences, T, H, K, C, BK, PACKED)
     G = prefix(g, begin, h, t0, length, GATE, H, C)
     d = tiles.tile(dA, begin, h, t0, k0, length, H, K, C, BK).to(tl.float32)
     mu = vector(leaving, index, k0, K, BK)
@@ -142,7 +128,7 @@ def diagonal_scan_adjoint_kernel(
         a = tl.load(A + ((begin + t[:, None] - 1) * H + h) * K + k[None, :], mask=before, other=0.0)
         a = tl.where((i == 0)[:, None], vector(entering, index, k0, K, BK)[None, :], a)
         row = (begin + t) * H + h
-        tl.store(dg + tl.program_id(0).to(tl.int64) % blocks * part + row, gamma * tl.sum(lam * a, 1), mask=t < length)
+        tl.store(dg + (k0 // BK).to(tl.int64) * part + row, gamma * tl.sum(lam * a, 1), mask=t < length)
 
 
 class Plan:

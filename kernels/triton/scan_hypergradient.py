@@ -124,7 +124,7 @@ def _arguments(x: Inputs, box: Box | None, every: int, packing: Packing | None) 
     return {
         "s": x.s, "step": x.step, "aware": x.step if x.aware is None else x.aware, "g": x.step if x.g is None else x.g,
         "anchor": x.first if x.anchor is None else x.anchor, "low": low, "high": high, "K": K,
-        **launch.places(x.s, x.s.shape[1], x.s.shape[2], 1, packing), "BK": padded(K),
+        **launch.places(x.s, x.s.shape[1], x.s.shape[2], launch.WHOLE, packing), "BK": padded(K),
         "AWARE": x.aware is not None, "GATE": x.g is not None, "ANCHOR": x.anchor is not None,
         "BOX": box is not None, "EVERY": every,
     }  # fmt: skip

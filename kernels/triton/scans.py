@@ -1,4 +1,6 @@
-"""The scans of the online preconditioners, and the hypergradient's write key, behind autograd."""
+"""The scans of the online preconditioners, and the hypergradient's write key, behind autograd.
+
+torch.compile goes around them."""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from . import scan_diagonal as diagonal
 from . import scan_hypergradient as hypergradient
 from . import write_key_hypergradient as write_key
 from . import write_key_hypergradient_adjoint as write_key_adjoint
+from .launch import uncompiled
 from .scan_hypergradient import Box, Inputs
 
 
+@uncompiled
 def diagonal_scan(u: Tensor, log_decay: Tensor | None, initial: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
     result: tuple[Tensor, Tensor] = _DiagonalScan.apply(  # type: ignore[no-untyped-call]
         u.contiguous(), _contiguous(log_decay), initial.contiguous(), packing
@@ -23,6 +27,7 @@ def diagonal_scan(u: Tensor, log_decay: Tensor | None, initial: Tensor, packing:
     return result
 
 
+@uncompiled
 def hypergradient_scan(
     s: Tensor,
     step: Tensor,
@@ -39,10 +44,13 @@ def hypergradient_scan(
     return result
 
 
+@uncompiled
 def hypergradient_write_key(x: write_key.Inputs, rule: write_key.Rule, packing: Packing | None) -> tuple[Tensor, Tensor]:
     numbers = [None if tensor is None else tensor.float().contiguous() for tensor in x[1:]]
+    # Asked here: within `apply` a parameter wants a gradient even where none is computed.
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in x)
     result: tuple[Tensor, Tensor] = _HypergradientWriteKey.apply(  # type: ignore[no-untyped-call]
-        x.key.contiguous(), *numbers, rule, packing
+        x.key.contiguous(), *numbers, rule, packing, keep
     )
     return result
 
@@ -96,8 +104,8 @@ class _HypergradientScan(torch.autograd.Function):
 class _HypergradientWriteKey(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, rule, packing = arguments
-        W, last, kept = write_key.forward(write_key.Inputs(*tensors), rule, packing, keep=any(ctx.needs_input_grad))
+        *tensors, rule, packing, keep = arguments
+        W, last, kept = write_key.forward(write_key.Inputs(*tensors), rule, packing, keep)
         ctx.save_for_backward(*tensors, *(kept or ()))
         ctx.options = rule, packing
         ctx.set_materialize_grads(False)
@@ -109,4 +117,4 @@ class _HypergradientWriteKey(torch.autograd.Function):
         *tensors, D, cut = ctx.saved_tensors
         x, (rule, packing) = write_key.Inputs(*tensors), ctx.options
         dW, d_last, kept = _given(dW, x.key), _given(d_last, x.first), write_key.Kept(D, cut)
-        return (*write_key_adjoint.backward(dW, d_last, x, rule, kept, packing), None, None)
+        return (*write_key_adjoint.backward(dW, d_last, x, rule, kept, packing), None, None, None)

@@ -94,9 +94,8 @@ def state_gradients(
     dV = torch.empty(dO.shape, dtype=shape.operand, device=Q.device)
     dS = torch.empty(shape.chunks, shape.H, K, V, dtype=shape.operand, device=Q.device)
     d_first = torch.empty(shape.sequences, shape.H, K, V, dtype=torch.float32, device=Q.device)
-    # Before Hopper all products' operands and sums are in registers: half as many columns.
-    scarce = launch.architecture(Q.device) < 90
-    BV = max(launch.SUB_BLOCK, state_block(shape) // (2 if scarce else 1))
+    # Half as many columns where all products' operands and sums are in registers.
+    BV = max(launch.SUB_BLOCK, state_block(shape) // (2 if launch.scarce(Q.device) else 1))
     arguments = {
         "Q": Q, "R": Q if R is None else R, "Z": Z, "G": d_first if G is None else G, "dO": dO, "dV_local": dV_local,
         "d_last": d_first if d_last is None else d_last, "dV": dV, "dS_all": dS, "d_first": d_first, "scale": scale,

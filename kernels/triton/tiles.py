@@ -36,6 +36,17 @@ def chunk(index, table, sequences, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def place(table, sequences, T, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr):
+    """Where a program of the grid (chunks x blocks of BD of D channels, H) works: its head, its first channel, its chunk as of
+    `chunk`, and the index of chunk and head among all, 64-bit."""
+    blocks: tl.constexpr = (D + BD - 1) // BD
+    h = tl.program_id(1)
+    n = tl.program_id(0) // blocks
+    s, begin, length, t0 = chunk(n, table, sequences, T, C, PACKED)
+    return h, tl.program_id(0) % blocks * BD, s, begin, length, t0, n.to(tl.int64) * H + h
+
+
+@triton.jit
 def sequence(s, table, sequences, T, C: tl.constexpr, PACKED: tl.constexpr):
     """Sequence `s`: where it begins among all tokens, its length, and its first chunk among all; 64-bit but the length."""
     if PACKED:

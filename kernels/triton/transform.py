@@ -25,12 +25,7 @@ def transform_kernel(
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
-    blocks: tl.constexpr = (D + BD - 1) // BD
-    n = tl.program_id(0) // blocks
-    d0 = tl.program_id(0) % blocks * BD
-    _, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
-    index = n.to(tl.int64) * H + h
+    h, d0, _, begin, length, t0, index = tiles.place(table, sequences, T, H, D, C, BD, PACKED)
     p = tiles.square(P, index, 0, 0, C, C, C).to(DOT)
     x = tiles.tile(X, begin, h, t0, d0, length, H, D, C, BD)
     if DECAY != "none":

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from ..packing import Packing
 from ..squash import SMALLEST_CURVATURE, Squash
 from . import launch, tiles
+from .launch import uncompiled
 from .pairs_scalar import decay_between
 from .scan_diagonal import Plan, at, prefix, store_vector, vector
 
@@ -94,12 +95,7 @@ def write_key_kernel(
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, GAIN: tl.constexpr,
     BETA: tl.constexpr, SQUASH: tl.constexpr, INTERVAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
-    blocks: tl.constexpr = (K + BK - 1) // BK
-    n = tl.program_id(0) // blocks
-    k0 = tl.program_id(0) % blocks * BK
-    _, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
-    index = n.to(tl.int64) * H + h
+    h, k0, _, begin, length, t0, index = tiles.place(table, sequences, T, H, K, C, BK, PACKED)
     k, _, u, _, kept = _statistic(key, gain, g, entering, index, begin, h, t0, k0, length, GATE, GAIN, H, K, C, BK)
     m, _ = _multiplier(kept + u, tl.load(centre + h).to(tl.float32), log_x, p, SQUASH, INTERVAL)
     tiles.store_tile(W, m * _scaled(k, beta, begin, h, t0, length, BETA, H, C), begin, h, t0, k0, length, H, K, C, BK)
@@ -112,12 +108,7 @@ def write_key_totals_kernel(
     BETA: tl.constexpr, SQUASH: tl.constexpr, INTERVAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """What a chunk hands on to the gradient of the vector that enters it: sum_i exp(G_i) dA_i."""
-    h = tl.program_id(1)
-    blocks: tl.constexpr = (K + BK - 1) // BK
-    n = tl.program_id(0) // blocks
-    k0 = tl.program_id(0) % blocks * BK
-    _, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
-    index = n.to(tl.int64) * H + h
+    h, k0, _, begin, length, t0, index = tiles.place(table, sequences, T, H, K, C, BK, PACKED)
     k, _, u, G, kept = _statistic(key, gain, g, entering, index, begin, h, t0, k0, length, GATE, GAIN, H, K, C, BK)
     A = kept + u
     _, slope = _multiplier(A, tl.load(centre + h).to(tl.float32), log_x, p, SQUASH, INTERVAL)
@@ -133,13 +124,8 @@ def write_key_adjoint_kernel(
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, GAIN: tl.constexpr,
     BETA: tl.constexpr, SQUASH: tl.constexpr, INTERVAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
-    blocks: tl.constexpr = (K + BK - 1) // BK
-    n = tl.program_id(0) // blocks
-    block = tl.program_id(0).to(tl.int64) % blocks
-    k0 = tl.program_id(0) % blocks * BK
-    _, begin, length, t0 = tiles.chunk(n, table, sequences, T, C, PACKED)
-    index = n.to(tl.int64) * H + h
+    h, k0, _, begin, length, t0, index = tiles.place(table, sequences, T, H, K, C, BK, PACKED)
+    block = (k0 // BK).to(tl.int64)
     k, square, u, G, kept = _statistic(key, gain, g, entering, index, begin, h, t0, k0, length, GATE, GAIN, H, K, C, BK)
     A = kept + u
     m, slope = _multiplier(A, tl.load(centre + h).to(tl.float32), log_x, p, SQUASH, INTERVAL)
@@ -156,7 +142,7 @@ def write_key_adjoint_kernel(
     if GATE:
         forgets = tiles.column(g, begin, h, t0, length, H, C) > tiles.NO_GRADIENT
         tl.store(dg + row, tl.where(forgets, tl.sum(lam * kept, 1), 0.0), mask=real)
-    tl.store(d_centre + (block * chunks + n) * H + h, -tl.sum(tl.sum(d_log, 1), 0))
+    tl.store(d_centre + block * chunks * H + index, -tl.sum(tl.sum(d_log, 1), 0))
     # k^2 enters times gain: 2 gain k lam.
     through = 2.0 * k * lam
     if GAIN:
@@ -237,6 +223,7 @@ class _WriteKey(torch.autograd.Function):
         return (*gradients, None, None)
 
 
+@uncompiled
 def write_key(x: Inputs, squash: Squash, packing: Packing | None) -> tuple[Tensor, Tensor]:
     tensors = [None if tensor is None else tensor.contiguous() for tensor in x]
     result: tuple[Tensor, Tensor] = _WriteKey.apply(*tensors, squash, packing)

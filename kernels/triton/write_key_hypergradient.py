@@ -12,7 +12,8 @@ where <s_i, s_j> and <anchor, s_j> wait for no d. All sums of four tokens then r
 nothing; where one of the four d leaves it, they are passed once more one by one: the box is exact after every token.
 
     key, w [B,T,H,K]; beta, step, b = aware, g = log gamma [B,T,H] or none; first = d_1, last = d_{T+1}, anchor [N,H,K]
-    kept for the adjoint: D = every d_t, fp32 [B,T,H,K]; cut [B,T,H], at every fourth token of a sequence: one d of four left
+    kept for the adjoint, of every four tokens (F of them a chunk): D = the first d_t, fp32 [chunks,F,H,K]; cut [chunks,F,H]: one
+    of the four d_{t+1} left the box
     one program per head and sequence; sums, d and numbers in float32
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
@@ -46,7 +47,7 @@ def hypergradient_write_key_kernel(
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
     h = group % H
-    begin, length, _chunk = tiles.sequence(group // H, table, sequences, T, C, PACKED)
+    begin, length, chunk = tiles.sequence(group // H, table, sequences, T, C, PACKED)
     inside = tl.arange(0, BK) < K
     d = vector(first, group, 0, K, BK)
     goal = vector(anchor, group, 0, K, BK) if ANCHOR else d
@@ -82,11 +83,11 @@ def hypergradient_write_key_kernel(
                     each += [d]
                 r = along(d, squares(ahead))
             if KEEP:
-                tl.store(cut + (begin + t) * H + h, beyond)
+                tl.store(cut + (chunk * (C // 4) + t // 4) * H + h, beyond)
+        if KEEP:
+            store_vector(D, each[0], (chunk * (C // 4) + t // 4) * H + h, 0, K, BK)
         for i in tl.static_range(4):
             store_row(W, size[i] * each[i] * k[i], begin, h, t + i, length, H, K, BK)
-            if KEEP:
-                store_row(D, each[i], begin, h, t + i, length, H, K, BK)
         k = ahead
     store_vector(last, d, group, 0, K, BK)
 
@@ -131,13 +132,18 @@ def arguments(x: Inputs, rule: Rule, packing: Packing | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def chunks_of(x: Inputs, packing: Packing | None) -> int:
+    B, T = x.key.shape[:2]
+    return B * launch.ceil_div(T, CHUNK) if packing is None else packing.chunks(CHUNK)
+
+
 def forward(x: Inputs, rule: Rule, packing: Packing | None, keep: bool) -> tuple[Tensor, Tensor, Kept | None]:
     """(w in the key's dtype, the last d in float32, what the adjoint needs)."""
     W, last, kept = torch.empty_like(x.key), torch.empty_like(x.first), None
     if keep:
-        shape, device = x.key.shape, x.key.device
-        D = torch.empty(shape, dtype=torch.float32, device=device)
-        kept = Kept(D, torch.empty(shape[:3], dtype=torch.int32, device=device))
+        fours, device = (chunks_of(x, packing), CHUNK // 4, *x.key.shape[2:]), x.key.device
+        D = torch.empty(fours, dtype=torch.float32, device=device)
+        kept = Kept(D, torch.empty(fours[:3], dtype=torch.int32, device=device))
     D, cut = (W, W) if kept is None else kept
     given = {**arguments(x, rule, packing), "first": x.first, "W": W, "D": D, "cut": cut, "last": last, "KEEP": keep}
     # One warp has no registers for four rows of more than 128 channels and the four ahead; of two, ptxas uses too few by itself.

@@ -7,8 +7,9 @@ zeta is what a token waits for on the way back, as r is forwards: for j < i
 
     <the gradient of d_i, s_j> = <u_i, s_j> + gamma_i <lam, s_j> - f_i <s_i, s_j>
 
-Where the box cut one of four tokens (`cut`), they are passed one by one, each d_{t+1} computed again from d_t. Only what stands
-at the ends of chunks is written, `leaving`; from there a program per chunk and head forms the gradients, token by token:
+Where the box cut one of four tokens (`cut`), they are passed one by one, their d computed again from the first. Only what stands
+at the ends of chunks is written, `leaving`; from there a program per chunk and head forms the gradients, four tokens after four,
+the d of every four computed again:
 
     ds = step b ((1 - b r) lam - b zeta d)      dk = 2 k ds + beta d dw         dbeta = sum_k dw d k
     d step = b (1 - b r) zeta                   d b = step (1 - 2 b r) zeta     d log gamma = gamma <lam, d - anchor>
@@ -26,24 +27,9 @@ from torch import Tensor
 
 from ..packing import Packing
 from . import launch, tiles
-from .four_tokens import (
-    added,
-    along,
-    clips,
-    decay,
-    decays,
-    handed_back,
-    let_through,
-    number,
-    numbers,
-    row,
-    rows,
-    squares,
-    store_row,
-    strength,
-)
+from .four_tokens import along, decays, handed_back, let_through, numbers, passed, rows, squares, store_number, store_row
 from .scan_diagonal import store_vector, vector
-from .write_key_hypergradient import CHUNK, Inputs, Kept, Rule, arguments
+from .write_key_hypergradient import Inputs, Kept, Rule, arguments, chunks_of
 
 
 @triton.jit(do_not_specialize=["T", "sequences"])
@@ -61,9 +47,9 @@ def hypergradient_carry_adjoint_kernel(
     fours = (length + 3) // 4
     k = rows(key, begin, h, 4 * fours - 4, length, H, K, BK)
     zeta = along(lam, squares(k))
-    for passed in tl.range(0, fours, num_stages=3):
-        t = 4 * (fours - 1 - passed)
-        if (passed == 0) | ((t + 4) % C == 0):
+    for back in tl.range(0, fours, num_stages=3):
+        t = 4 * (fours - 1 - back)
+        if (back == 0) | ((t + 4) % C == 0):
             store_vector(leaving, lam, (chunk + t // C) * H + h, 0, K, BK)
         behind = rows(key, begin, h, t - 4, length, H, K, BK)
         dw = rows(dW, begin, h, t, length, H, K, BK)
@@ -74,12 +60,13 @@ def hypergradient_carry_adjoint_kernel(
         s = squares(k)
         u = [size[i] * k[i] * dw[i] for i in (0, 1, 2, 3)]
         pairs, through = [along(x, s) for x in s], [along(x, s) for x in u]
-        beyond = tl.load(cut + (begin + t) * H + h) if BOX else 0
+        four = (chunk * (C // 4) + t // 4) * H + h
+        beyond = tl.load(cut + four) if BOX else 0
         if beyond > 0:
+            d = vector(D, four, 0, K, BK)
+            _, _, before, clip = passed(d, s, rate, b, gamma, goal, low, high, t, length, True, ANCHOR, BOX, EVERY)
             for i in tl.static_range(3, -1, -1):
-                d = row(D, begin, h, t + i, length, H, K, BK)
-                d = added(d, strength(rate[i], b[i], tl.sum(d * s[i], 0)), gamma[i], s[i], goal, ANCHOR)
-                lam = let_through(lam, d, low, high, clips(t + i, length, EVERY) & (t + i < length))
+                lam = let_through(lam, before[i], low, high, clip[i])
                 d_goal += (1.0 - gamma[i]) * lam
                 lam = handed_back(lam, rate[i] * b[i] * b[i] * tl.sum(lam * s[i], 0), gamma[i], s[i], u[i])
         else:
@@ -103,42 +90,43 @@ def hypergradient_write_key_adjoint_kernel(
 ):  # fmt: skip
     h = tl.program_id(1)
     sequence, begin, length, t0 = tiles.chunk(tl.program_id(0), table, sequences, T, C, PACKED)
-    lam = vector(leaving, tl.program_id(0).to(tl.int64) * H + h, 0, K, BK)
+    index = tl.program_id(0).to(tl.int64)
+    lam = vector(leaving, index * H + h, 0, K, BK)
     goal = vector(anchor, sequence * H + h, 0, K, BK) if ANCHOR else tl.zeros([BK], tl.float32)
-    end = tl.minimum(t0 + C, length)
-    for passed in tl.range(0, end - t0, num_stages=3):
-        t = end - 1 - passed
-        k = row(key, begin, h, t, length, H, K, BK)
-        dw = row(dW, begin, h, t, length, H, K, BK)
-        d = row(D, begin, h, t, length, H, K, BK)
-        size = number(beta, begin, h, t, length, 1.0, BETA, H)
-        rate = number(step, begin, h, t, length, eta, STEP, H)
-        b = number(aware, begin, h, t, length, 1.0, AWARE, H)
-        gamma = decay(g, begin, h, t, length, GATE, H)
-        s = k * k
-        left = 1.0 - b * tl.sum(d * s, 0)
-        if BOX:
-            clip = clips(t, length, EVERY) & (tl.load(cut + (begin + t // 4 * 4) * H + h) > 0)
-            lam = let_through(lam, added(d, rate * b * left, gamma, s, goal, ANCHOR), low, high, clip)
-        zeta = tl.sum(lam * s, 0)
-        place = (begin + t) * H + h
-        if BETA:
-            tl.store(d_beta + place, tl.sum(dw * d * k, 0))
-        if STEP:
-            tl.store(d_step + place, b * left * zeta)
-        if AWARE:
-            tl.store(d_aware + place, rate * (2.0 * left - 1.0) * zeta)
-        if GATE:
-            tl.store(dg + place, gamma * tl.sum(lam * (d - goal), 0))
-        ds = rate * b * (left * lam - b * zeta * d)
-        store_row(dk, 2.0 * k * ds + size * d * dw, begin, h, t, length, H, K, BK)
-        lam = handed_back(lam, rate * b * b * zeta, gamma, s, size * k * dw)
+    fours = (tl.minimum(C, length - t0) + 3) // 4
+    for back in tl.range(0, fours, num_stages=2):
+        t = t0 + 4 * (fours - 1 - back)
+        four = (index * (C // 4) + (t - t0) // 4) * H + h
+        k, dw = rows(key, begin, h, t, length, H, K, BK), rows(dW, begin, h, t, length, H, K, BK)
+        size = numbers(beta, begin, h, t, length, 1.0, BETA, H)
+        rate = numbers(step, begin, h, t, length, eta, STEP, H)
+        b = numbers(aware, begin, h, t, length, 1.0, AWARE, H)
+        gamma = decays(g, begin, h, t, length, GATE, H)
+        s = squares(k)
+        first = vector(D, four, 0, K, BK)
+        beyond = tl.load(cut + four) > 0 if BOX else False
+        d, left, before, clip = passed(first, s, rate, b, gamma, goal, low, high, t, length, beyond, ANCHOR, BOX, EVERY)
+        for i in tl.static_range(3, -1, -1):
+            if BOX:
+                lam = let_through(lam, before[i], low, high, clip[i])
+            zeta = tl.sum(lam * s[i], 0)
+            if BETA:
+                store_number(d_beta, tl.sum(dw[i] * d[i] * k[i], 0), begin, h, t + i, length, H)
+            if STEP:
+                store_number(d_step, b[i] * left[i] * zeta, begin, h, t + i, length, H)
+            if AWARE:
+                store_number(d_aware, rate[i] * (2.0 * left[i] - 1.0) * zeta, begin, h, t + i, length, H)
+            if GATE:
+                store_number(dg, gamma[i] * tl.sum(lam * (d[i] - goal), 0), begin, h, t + i, length, H)
+            ds = rate[i] * b[i] * (left[i] * lam - b[i] * zeta * d[i])
+            store_row(dk, 2.0 * k[i] * ds + size[i] * d[i] * dw[i], begin, h, t + i, length, H, K, BK)
+            lam = handed_back(lam, rate[i] * b[i] * b[i] * zeta, gamma[i], s[i], size[i] * k[i] * dw[i])
 
 
 def backward(dW: Tensor, d_last: Tensor, x: Inputs, rule: Rule, kept: Kept, packing: Packing | None) -> Inputs:
     """The gradient of every input, in float32 but the key's."""
-    B, T, H, K = x.key.shape
-    chunks = B * launch.ceil_div(T, CHUNK) if packing is None else packing.chunks(CHUNK)
+    H, K = x.key.shape[2:]
+    chunks = chunks_of(x, packing)
     d_beta, d_step, d_aware, dg, d_first, d_anchor = (None if t is None else torch.empty_like(t) for t in x[1:])
     assert d_first is not None
     dk, leaving = torch.empty_like(x.key), torch.empty(chunks, H, K, dtype=torch.float32, device=dW.device)

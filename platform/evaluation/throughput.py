@@ -21,9 +21,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ...recurrences import LanguageModel
+from ...recurrences import LanguageModel, MixerState
 from ...recurrences.language_model import LanguageModelState
-from ...recurrences.mixer import MixerState
 from ...strict import option
 from ..training import Hardware
 

@@ -25,12 +25,12 @@ from typing import cast
 
 import torch
 
-from ...kernels import resolve_backend
+from ...kernels import HALF_PRECISION, resolve_backend
 from ...recurrences import AttentionSpec, LayerSpec, MixerSpec, layers_of, with_block
 from ...recurrences.mixer import head_shape
 from ...registry import origins
 from ...strict import plain
-from .verification import HALF, Laboratory, Verdict
+from .verification import Laboratory, Verdict
 
 _WIDTH, _HEADS, _BATCH = 256, 2, 2
 """A model's width, heads and batch at the gate, at most: only the widths of a head decide which kernel runs."""
@@ -61,7 +61,7 @@ def pass_gate(
         resolved = resolve_backend(backend, device, shape.key, shape.value, dtype=operand)
         if isinstance(layer, AttentionSpec) or resolved == "reference":
             continue
-        own = precision if resolved in HALF else "fp32"
+        own = precision if resolved in HALF_PRECISION else "fp32"
         verdicts.append(_verdict(_reduced(layer, width, heads), resolved, device, own, cache))
     return str(max(verdicts, key=lambda verdict: verdict.error / verdict.limit)) if verdicts else ""
 

@@ -4,8 +4,8 @@ The truth is the definition in float64. What a backend may be off is measured, n
 itself is off in the backend's working precision, tensor by tensor, and never less than a few roundings. A parameter of a few
 numbers may happen to be hit exactly by one rounding, so the definition is rounded DRAWS times, differently, and the worst counts.
 
-In bf16, a layer runs under autocast. There the backends in HALF round what goes into their products as well; the definition, as
-all others, leaves autocast, so that of its layer only the projections are rounded: what goes into its recurrence is, too.
+In bf16, a layer runs under autocast. There the backends in HALF_PRECISION round what goes into their products as well; the
+definition, as all others, leaves autocast, so that of its layer only the projections are rounded.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels import backends
+from ...kernels import HALF_PRECISION, backends
 from ...recurrences import AttentionSpec, HybridSpec, LayerSpec, Mixer, MixerSpec, layers_of
 
 ALLOWED = {"fp32": 16.0, "bf16": 4.0}
 """Half precision is so coarse that sixteen times its own error would let half of a tensor be wrong."""
 DRAWS = 3
-HALF = ("triton", "fla")
-"""Backends that take bf16 operands under autocast, and are held against the definition in both precisions."""
 _EPSILON = {"fp32": torch.finfo(torch.float32).eps, "bf16": torch.finfo(torch.bfloat16).eps}
 _LEAST = {"fp32": 32 * _EPSILON["fp32"], "bf16": 4 * _EPSILON["bf16"]}
 """What every tensor may be off."""
@@ -128,7 +126,7 @@ def verify(
             continue
         laboratory = Laboratory(layer, width, heads, batch, tokens, seed)
         held = [name for name in backends() if name != "reference" and (name != "cpu" or device.startswith("cpu"))]
-        halved = [name for name in held if name in HALF]
+        halved = [name for name in held if name in HALF_PRECISION]
         for precision, names in (("fp32", held), ("bf16", halved)):
             standard = laboratory.standard(precision=precision) if names else None
             for name in names:

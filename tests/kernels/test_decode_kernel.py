@@ -168,6 +168,68 @@ def test_a_token_is_its_equation(gate: str, kind: str) -> None:
         assert all(torch.equal(one, was) for one, was in zip(given, before, strict=True))
 
 
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("gate", ["none", "softplus", "channel"])
+def test_substeps_are_their_equation(n: int, gate: str) -> None:
+    """n steps of the definition: the first forgets, the last is read; each with a key, a value and a beta of its own."""
+    for weight in (True, False):
+        x, S = draw(B, 1, D), draw(B, H, K, V)
+        mixed, u = projected(weight, x, H * (K + n * (K + V)))
+        law, product, log_decay = GATES[gate](x, weight)
+        step, first, beta = sigmoid_law(x, H, weight)
+        rest = [sigmoid_law(x, H, weight) for _ in range(n - 1)]
+        layer = Layer(H, K, V, law, Step("plain", step), eps_q=None, eps_k=None, activation=("none", "none"), substeps=n)
+        later = tuple(product for _, product, _ in rest)
+        with torch.no_grad():
+            o, _, state, _ = decode.Token(layer, Weights(mixed, laws=(product, first, NOTHING, NOTHING), later=later))(
+                x, None, S, None
+            )
+        q, k, v = u.split([H * K, n * H * K, n * H * V], dim=-1)
+        k, v = k.view(B, n, H, K), v.view(B, n, H, V)
+        betas = torch.cat([beta, *(one for _, _, one in rest)], dim=1)
+        assert betas.shape == (B, n, H)
+        if log_decay is not None:
+            log_decay = log_decay.view(B, 1, H, *((K,) if gate == "channel" else ()))
+            log_decay = torch.cat([log_decay, *[torch.zeros_like(log_decay)] * (n - 1)], dim=1)
+        queries = q.view(B, 1, H, K).expand(-1, n, -1, -1)
+        expected, new = reference.delta_rule(queries, k, betas[..., None] * k, v, log_decay, S, K**-0.5)
+        close(o.view(B, H, V), expected[:, -1])
+        close(state, new)
+
+
+@pytest.mark.parametrize("kind", ["inverse", "gram"])
+@pytest.mark.parametrize("width", [1, 5, 17])
+def test_a_matrix_is_the_definitions(kind: Any, width: int) -> None:
+    """Of least squares the rules that keep P finite as well: a limit in reach, a P that rounding has made indefinite."""
+    for forgets, limit, spoilt in itertools.product((True, False), (1e6, 0.7), (False, kind == "inverse")):
+        x, S, root = draw(B, 1, D), draw(B, H, width, V), draw(B, H, width, width)
+        A = root @ root.mT / width + 0.1 * torch.eye(width, dtype=F64) * (-1 if spoilt else 1)
+        mixed, u = projected(True, x, H * (2 * width + V))
+        step, stepping, beta = sigmoid_law(x, H, True)
+        forget, forgetting, log_gamma = log_sigmoid_law(x, H, True) if forgets else (None, NOTHING, None)
+        gain, gaining, g = sigmoid_law(x, H, True) if forgets else (None, NOTHING, torch.ones_like(beta))
+        side, floor, ridge = "query" if kind == "gram" else "write", 0.3, 9 * draw(H, width)
+        told = Multiplier(kind, side, forget, gain, limit=limit, floor=floor, iterations=200)
+        layer = Layer(H, width, V, None, Step("plain", step), told, "key", None, None, activation=("none", "none"))
+        weights = Weights(mixed, laws=(NOTHING, stepping, forgetting, gaining), ridge=ridge)
+        before = A.clone()
+        with torch.no_grad():
+            o, _, state, after = decode.Token(layer, weights)(x, None, S, A)
+        q, k, v = (part.view(B, 1, H, -1) for part in u.split([H * width, H * width, H * V], dim=-1))
+        write = k
+        if kind == "gram":
+            q, expected = reference.gram_solve(q, k, g * beta, log_gamma, F.softplus(ridge) + floor, A)
+        else:
+            _, write, expected = reference.inverse_gram_scan(k, g * beta, log_gamma, A, k, k, limit)
+            assert write is not None
+            write = g[..., None] * write
+        read, new = reference.delta_rule(q, k, beta[..., None] * write, v, None, S, width**-0.5)
+        assert after is not None
+        for found, wanted in ((after, expected), (state, new), (o.view(B, 1, H, V), read)):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+        assert torch.equal(A, before)
+
+
 def test_what_is_not_contiguous_or_not_of_the_states_dtype() -> None:
     x, mixed, past, w, S = draw(B, 1, D), draw(C, D), draw(B, W - 1, C), draw(W, C), draw(B, H, K, V)
     law, product, _ = softplus_law(x, H, True)

@@ -121,7 +121,7 @@ def test_a_wrong_gradient_is_named_and_not_kept(passes: Passes, tmp_path: Path, 
 
 def test_a_backend_that_takes_half_precision_is_held_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The chunk form stands in for such a backend; on a CPU it leaves autocast, and only the projections are rounded."""
-    monkeypatch.setattr(gate, "HALF", ("torch",))
+    monkeypatch.setattr(gate, "HALF_PRECISION", ("torch",))
     spec, precisions = registry.load("pgdn"), []
     outcome = gate.Laboratory.outcome
 

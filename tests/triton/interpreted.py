@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ from cases import (
     Scan,
     Write,
 )
+from memory import watched
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -149,7 +150,7 @@ def same_formula(case: Case, given: dict[str, Tensor | None]) -> dict[str, Tenso
 
 
 def kernels(case: Case, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    with poisoned(), planted(case.fault):
+    with poisoned(), checked(case.fault), planted(case.fault):
         options: dict[str, Any] = {"scale": SCALE, "chunk_size": case.chunk, "packing": packing_of(case.lengths)}
         return results(lambda **tensors: gpu.delta_rule(**tensors, **options), given, case.gradients)
 
@@ -168,6 +169,11 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.empty, torch.empty_like = empty, empty_like
+
+
+def checked(fault: str | None) -> AbstractContextManager[None]:
+    """Every address of every launch (memory.py), but where the fault may be one of these."""
+    return watched() if fault is None else nullcontext()
 
 
 @contextmanager
@@ -276,7 +282,7 @@ def compare_scan(case: Scan) -> dict[str, Any]:
     exact, oracle = results(separate, wide, True), results(separate, given, True)
     if case.fault == "box a little wider":
         options["box"] = (case.box[0] - 1e-4, case.box[1] + 1e-4) if case.box else None
-    with poisoned(), planted(case.fault):
+    with poisoned(), checked(case.fault), planted(case.fault):
         found = results(lambda **x: run(**x, **options, packing=packing_of(case.lengths)), given, True)
     if case.fault == "gradient one row late":
         found["gradient of u"] = found["gradient of u"].roll(1, dims=1)
@@ -310,7 +316,7 @@ def compare_write(case: Write) -> dict[str, Any]:
     wide = {name: None if x is None else x.double() for name, x in given.items()}
     exact, oracle = results(define, wide, True), results(define, given, True)
     used = Squash(1.5, case.exponent * 1.001, case.squash) if case.fault == "squash a little steeper" else squash
-    with poisoned(), planted(case.fault):
+    with poisoned(), checked(case.fault), planted(case.fault):
         found = results(lambda **x: gpu.write_key(**x, squash=used, packing=packing), given, True)
     prefix = torch.finfo(torch.float32).eps * longest_prefix(
         Case("scalar", True, "float32", chunk=32, lengths=case.lengths), decay
@@ -348,7 +354,7 @@ def compare_hypergradient(case: Hypergradient) -> dict[str, Any]:
     box = case.box
     if box is not None and case.fault == "box a little wider":
         box = (box[0] - 1e-4, box[1] + 1e-4)
-    with poisoned(), planted(case.fault):
+    with poisoned(), checked(case.fault), planted(case.fault):
         fused = partial(gpu.hypergradient_write_key, box=box, clip_every=case.every, packing=packing, **number)
         return judged(results(fused, given, True), exact, oracle, 0.0)
 

@@ -20,6 +20,8 @@ KERNELS = {
     "hypergradient_scan_kernel", "hypergradient_scan_adjoint_kernel",
     "write_key_kernel", "write_key_totals_kernel", "write_key_adjoint_kernel",
     "hypergradient_write_key_kernel", "hypergradient_carry_adjoint_kernel", "hypergradient_write_key_adjoint_kernel",
+    "short_conv_kernel", "short_conv_adjoint_kernel",
+    "rms_norm_kernel", "rms_norm_adjoint_kernel", "swiglu_kernel", "swiglu_adjoint_kernel",
 }  # fmt: skip
 ARCHITECTURES = (80, 90, 100)
 WIDTHS = ("16", "64", "96", "128", "256")
@@ -49,6 +51,30 @@ def test_a_sample_of_all_configurations_fits():
         if row["dtype"] != "float32" and row["C"] == 64:
             assert row["mma"] == expected[row["arch"]]
     assert {row["arch"] for row in products if row["dtype"] != "float32" and row["C"] == 64} == set(ARCHITECTURES)
+
+
+def test_what_a_launch_makes_of_its_arguments_fits():
+    """One sequence, one token, one head; and tensors that begin at any address, of widths that are not the tiles'."""
+    rows = compiled("--sample", "3", "--jobs", "2", "--arch", "90", "--width", "24", "100", "--sizes", "ones", "offset")
+    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["sizes"] for row in rows} == {"ones", "offset"}
+    assert not [row for row in rows if not row["ok"]]
+
+
+def test_an_address_is_part_of_what_is_compiled():
+    """Nothing in this call but the offset makes a thread read less at once."""
+    choice = ("--arch", "90", "--width", "64", "--gate", "none", "--erase", "0", "--packed", "0", "--kernel", "recurrent_kernel")
+    rows = compiled(*choice, "--sizes", "plain", "offset")
+    assert {row["sizes"]: row["read"] for row in rows} == {"plain": 16, "offset": 4}
+
+
+def test_smaller_gpus_have_the_shared_memory():
+    """Those of the same generations with 99 KiB a multiprocessor. There a few bytes spilled are a matter of speed alone."""
+    rows = compiled(
+        "--sample", "1", "--jobs", "2", "--arch", "86", "120", "--width", "256", "--erase", "1", "--gate", "scalar", "channel"
+    )
+    assert {(row["kernel"], row["arch"]) for row in rows} == {(kernel, arch) for kernel in KERNELS for arch in (86, 120)}
+    assert not [row for row in rows if "error" in row or row["shared"] > 99 * 1024]
 
 
 @pytest.mark.slow
