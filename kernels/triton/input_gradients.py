@@ -48,7 +48,7 @@ def input_gradients(
         launch.run(input_gradients_channel_kernel, grid, {**arguments, "ROWS": SUB_BLOCK}, warps)
     else:
         arguments |= {"GATE": gate_of(G), "part": 0 if G is None else G.numel()}
-        # On newer GPUs ptxas spills a few bytes for a higher occupancy unless it is told otherwise; on older ones if it is told.
-        registers = None if scarce and shape.operand != torch.float32 else 255
+        # ptxas spills a few bytes for a higher occupancy unless it is told otherwise; on older GPUs, with wide tiles, if it is.
+        registers = None if scarce and shape.operand != torch.float32 and BK > SUB_BLOCK else 255
         launch.run(input_gradients_scalar_kernel, (shape.chunks * blocks, shape.H), arguments, warps, registers)
     return dq, dr, dw, dG

@@ -102,5 +102,5 @@ def state_gradients(
         **shape.sizes(Q), "K": K, "V": V, **state_tiles(shape), "BV": BV, "GATE": gate_of(G), "ERASE": R is not None,
         "LAST": d_last is not None, **shape.products(),
     }  # fmt: skip
-    launch.run(state_gradients_kernel, (shape.heads, ceil_div(V, BV)), arguments, shape.state_warps())
+    launch.run(state_gradients_kernel, (shape.heads, ceil_div(V, BV)), arguments, shape.state_warps(), registers=255)
     return dV, dS, d_first

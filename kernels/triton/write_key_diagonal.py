@@ -187,7 +187,9 @@ def backward(
     plan = Plan(x.key, len(x.first), packing)
     given = {**_arguments(x, squash, entering), "dW": dW, **plan.sizes}
     totals = plan.vectors()
-    launch.run(write_key_totals_kernel, plan.grid, {**given, "totals": totals}, warps=4)
+    # Of a narrow tile ptxas by itself aims lower than what a program needs, and spills.
+    registers = 128 if plan.BK <= launch.SUB_BLOCK else None
+    launch.run(write_key_totals_kernel, plan.grid, {**given, "totals": totals}, 4, registers)
     leaving, d_first = plan.carry(d_last, totals, decays, reverse=True)
     dk, H = torch.empty_like(x.key), x.key.shape[2]
     d_centre = plan.empty(plan.blocks, plan.chunks, H)
