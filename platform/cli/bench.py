@@ -12,6 +12,7 @@ from .app import console
 from .bench_engine import engine
 from .bench_kernels import kernels
 from .bench_model import model
+from .devices import device_named
 
 bench = typer.Typer(no_args_is_help=True, help="Measure kernels, models and the study engine on this machine.")
 bench.command("kernels")(kernels)
@@ -51,7 +52,7 @@ def verify_cards(
     from ... import registry
     from ..bench import verify
 
-    out = console()
+    place, out = str(device_named(device)), console()
     table = Table(header_style="bold", box=None, padding=(0, 1))
     for column in ("card", "backend", "worst tensor", "error", "limit", ""):
         table.add_column(column, overflow="fold")
@@ -60,7 +61,7 @@ def verify_cards(
     with out.status("") as status:
         for spec in specs:
             status.update(escape(spec.name))
-            for verdict in verify(spec, width, heads, tokens=tokens, device=device):
+            for verdict in verify(spec, width, heads, tokens=tokens, device=place):
                 missed += not verdict.passed
                 mark = "[green]ok[/]" if verdict.passed else "[bold red]MISS[/]"
                 cells = (verdict.card, verdict.name, verdict.tensor, f"{verdict.error:.1e}", f"{verdict.limit:.1e}")

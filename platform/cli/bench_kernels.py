@@ -18,6 +18,7 @@ from ...errors import UserError, unknown
 from . import bench_tables as tables
 from .app import console
 from .bench_model import _numbers
+from .devices import device_named
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +118,7 @@ def kernels(
     from ..bench.record import choices
 
     _check_together(context, family, scaling)
-    place = _place(device)
+    place = device_named(device)
     kind = _dtype(dtype or ("bf16" if family and place.type == "cuda" else "fp32"))
     allocator = allocate_as_a_worker()
     if threads:
@@ -295,21 +296,6 @@ def _command(context: typer.Context) -> str:
         for one in value if isinstance(value, (list, tuple)) else [value]:
             words += [parameter.opts[0], str(one)]
     return shlex.join(words)
-
-
-def _place(device: str) -> torch.device:
-    import torch
-
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"--device: {device!r} is no device: {str(error).splitlines()[0]}") from error
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if place.type == "cpu" or (place.type == "cuda" and (place.index or 0) < gpus):
-        return place
-    there = ", ".join(f"cuda:{n} ({torch.cuda.get_device_name(n)})" for n in range(gpus)) or "PyTorch sees no GPU on this machine"
-    valid = f"cpu, {there}" if gpus else f"cpu ({there})"
-    raise UserError(f"--device: {device!r} cannot be used here. Valid: {valid}")
 
 
 def _dtype(name: str) -> torch.dtype:

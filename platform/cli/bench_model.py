@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ...errors import UserError
 from .app import Import, Registry, console, use
+from .devices import device_named
 
 if TYPE_CHECKING:
     from ...recurrences import LanguageModel
@@ -130,13 +131,7 @@ def _hardware(device: str, precision: str) -> Hardware:
 
     if precision not in ("fp32", "bf16"):
         raise UserError(f"--precision: {precision!r} is neither fp32 nor bf16")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"--device: {device!r} is no device: {str(error).splitlines()[0]}") from error
-    if place.type not in ("cpu", "cuda") or (place.type == "cuda" and not torch.cuda.is_available()):
-        valid = "cpu, cuda" if torch.cuda.is_available() else "cpu (PyTorch sees no GPU on this machine)"
-        raise UserError(f"--device: {device!r} cannot be used here. Valid: {valid}")
+    place = device_named(device)
     torch.set_flush_denormal(True)
     return Hardware(place, precision)
 

@@ -114,6 +114,8 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["bench", "kernels", "--only", "torhc"], "--only: unknown contender 'torhc'"),
         (["verify", "gnd"], "unknown recurrence 'gnd'. Did you mean 'gdn'?"),
         (["verify", "gdn", "--width", "15"], "heads: 2 does not divide width 15"),
+        (["verify", "gdn", "--device", "cdua"], "--device: 'cdua' is no device"),
+        (["verify", "gdn", "--device", "cuda:99"], "--device: 'cuda:99' cannot be used here. Valid: cpu"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str) -> None:
