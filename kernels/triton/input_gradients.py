@@ -45,7 +45,8 @@ def input_gradients(
     if channel:
         grid = (shape.chunks * (shape.C // SUB_BLOCK) * blocks, shape.H)
         warps = 8 if shape.operand == torch.float32 else warps
-        launch.run(input_gradients_channel_kernel, grid, {**arguments, "ROWS": SUB_BLOCK}, warps)
+        registers = None if scarce else 255  # as below
+        launch.run(input_gradients_channel_kernel, grid, {**arguments, "ROWS": SUB_BLOCK}, warps, registers)
     else:
         arguments |= {"GATE": gate_of(G), "part": 0 if G is None else G.numel()}
         # ptxas spills a few bytes for a higher occupancy unless it is told otherwise; on older GPUs, with wide tiles, if it is.
