@@ -28,7 +28,7 @@ from .precision import working_dtype
 
 def short_convolution(x: Tensor, weight: Tensor, past: Tensor | None = None, silu: bool = True) -> Tensor:
     """y [B,T,C] for x [B,T,C], weight [W,C], past [B,W-1,C] or None (zeros), all of one dtype. `silu` False gives z."""
-    (y,) = _convolved(x, weight, past, (x.shape[-1],), (0,), silu, 0.0, x.dtype)
+    (y,) = convolved_heads(x, weight, past, (x.shape[-1],), (0,), silu, 0.0, x.dtype)
     return y
 
 
@@ -45,19 +45,6 @@ def convolved_heads(
     """The outputs [B,T,size], one for each of `sizes`, which add up to C; `units`: the channels of a head over which an output is
     normalised, 0 where it is not. Computed in float32 or wider, whatever x's dtype is, and returned in `dtype`, or as computed
     where that is None. On a GPU they are written once, in `dtype`; elsewhere a `dtype` narrower than float32 is one more pass."""
-    return _convolved(x, weight, past, sizes, units, silu, eps, dtype)
-
-
-def _convolved(
-    x: Tensor,
-    weight: Tensor,
-    past: Tensor | None,
-    sizes: Sequence[int],
-    units: Sequence[int],
-    silu: bool,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
     padded = x if past is None else torch.cat([past.to(x.dtype), x], dim=1)
     taps = weight.to(working_dtype(x, weight))
     dtype = dtype or taps.dtype

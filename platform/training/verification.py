@@ -126,11 +126,11 @@ def verify(
             continue
         laboratory = Laboratory(layer, width, heads, batch, tokens, seed)
         held = [name for name in backends() if name != "reference" and (name != "cpu" or device.startswith("cpu"))]
-        halved = [name for name in held if name in HALF_PRECISION]
-        for precision, names in (("fp32", held), ("bf16", halved)):
-            standard = laboratory.standard(precision=precision) if names else None
+        for precision, names in (("fp32", held), ("bf16", [name for name in held if name in HALF_PRECISION])):
+            if not names:
+                continue
+            standard = laboratory.standard(precision=precision)
             for name in names:
-                assert standard is not None
                 outcome = laboratory.outcome(name, device, precision)
                 found.append(standard.judge(spec.name if isinstance(spec, HybridSpec) else layer.name, name, outcome))
     return found

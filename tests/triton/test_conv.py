@@ -4,11 +4,6 @@ All cases run in one process of their own (interpreted_conv.py), because the int
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,18 +13,12 @@ from deltalab.kernels import triton as gpu
 from deltalab.kernels.short_conv import convolved_heads
 
 from .conv_cases import CONVOLUTIONS, PLANTED_CONVOLUTIONS
-
-SCRIPT = Path(__file__).parent / "interpreted_conv.py"
+from .interpreter import rows_of
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    return {row["case"]: row for row in rows}
+    return {row["case"]: row for row in rows_of("interpreted_conv.py")}
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)

@@ -4,11 +4,6 @@ All cases run in one process of their own (interpreted.py), because the interpre
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,18 +18,12 @@ from .cases import (
     SCANS,
     WRITES,
 )
-
-SCRIPT = Path(__file__).parent / "interpreted.py"
+from .interpreter import rows_of
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    return {row["case"]: row["tensors"] for row in rows}
+    return {row["case"]: row["tensors"] for row in rows_of("interpreted.py")}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -5,25 +5,16 @@ could hold."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "launches.py"
+from .interpreter import rows_of
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {row.pop("check"): row for row in map(json.loads, done.stdout.splitlines())}
+    return {row.pop("check"): row for row in rows_of("launches.py")}
 
 
 def test_faults_are_found(found):

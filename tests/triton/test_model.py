@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "interpreted_model.py"
+from .interpreter import rows_of
+
 CARDS = ("gdn", "pgdn", "osdn", "kda", "mamba2")
 LAYER = {
     "short_conv_kernel", "short_conv_adjoint_kernel", "rms_norm_kernel", "rms_norm_adjoint_kernel", "swiglu_kernel",
@@ -29,11 +25,7 @@ ALLOWED = {"float32": 1e-4, "float16": 0.02}
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *CARDS], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {row["card"]: row for row in map(json.loads, done.stdout.splitlines())}
+    return {row["card"]: row for row in rows_of("interpreted_model.py", *CARDS)}
 
 
 @pytest.mark.parametrize("card", CARDS)

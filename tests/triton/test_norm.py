@@ -5,18 +5,13 @@ All cases run in one process of their own (interpreted_norm.py), because the int
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .interpreter import rows_of
 from .norm_cases import NORMS, PLANTED, PRODUCTS, SUMS, UNSERVED
 
-SCRIPT = Path(__file__).parent / "interpreted_norm.py"
 NORM, PRODUCT = ["rms_norm_adjoint_kernel", "rms_norm_kernel"], ["swiglu_adjoint_kernel", "swiglu_kernel"]
 NUMBERS = 512 * 1024 * 4100
 """Of the tensors whose last number a kernel must find."""
@@ -24,11 +19,7 @@ NUMBERS = 512 * 1024 * 4100
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {row["case"]: row for row in map(json.loads, done.stdout.splitlines())}
+    return {row["case"]: row for row in rows_of("interpreted_norm.py")}
 
 
 def right(row: dict[str, Any], names: set[str], kernels: list[str]) -> None:
