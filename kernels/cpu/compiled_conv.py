@@ -1,9 +1,8 @@
-"""The causal convolution of heads over [B,P,C], P = lead + T, compiled by Numba in one pass each way. W taps, C channels.
+"""The causal convolution of heads over [B,P,C], P = lead + T, compiled by Numba in one pass each way: blocks of rows, and within
+each head after head. The equations and the code of a block are in `conv_code.py`.
 
-    z_t = sum_i w_i x_{t+lead-i}        u = z sigmoid(z), or z        y = u / sqrt(|u|^2 + eps) per head, or u
-
-with taps that reach before the first row left out. Blocks of ROWS rows, row by row, so that a block stays in first-level cache
-until it is normalised. The adjoint: `compiled_conv_backward.py`.
+Taps that reach before the first row are left out. `layout` [outputs,4]: first channel in x, heads, channels of each, and 1 where
+they are divided by their norm; an output that is not is one head.
 """
 
 from __future__ import annotations
@@ -14,94 +13,122 @@ from typing import Any
 
 import numpy as np
 from numba import njit, prange
-from numba.extending import intrinsic
 
-from .row_code import RowCode, row_code, sources
-from .vectors import Value
+from .conv_code import ROWS, convolve, pull
+from .row_code import sources
+from .vectors import LANES
 
 Compiled = Callable[..., None]
-ROWS = 8
 
 
-@intrinsic(prefer_literal=True)
-def _convolve(typing: Any, x: Any, at: Any, w: Any, W: Any, silu: Any, y: Any, to: Any, c0: Any, n: Any, C: Any) -> Any:
-    """u to y[to:], n channels of an output, whose newest input is x[at:], from channel c0 on."""
-
-    def body(
-        code: RowCode, x: Value, at: Value, w: Value, W: int, silu: int, y: Value, to: Value, c0: Value, n: Value, C: Value
-    ) -> None:
-        def emit(c: Value, _: list[Value]) -> list[Value]:
-            u = code.constant(0)
-            for i in range(W):
-                back = code.times(i, C)
-                u = code.fma(code.read(w, back, c0, c), code.read(x, code.builder.sub(at, back), c0, c), u)
-            code.write(code.mul(u, code.sigmoid(u)) if silu else u, y, to, c)
-            return []
-
-        code.each(n, [], emit)
-
-    return row_code(body, w.dtype, x, at, w, W, silu, y, to, c0, n, C)
-
-
-@intrinsic(prefer_literal=True)
-def _to_unit(typing: Any, y: Any, at: Any, n: Any, eps: Any) -> Any:
-    """y / sqrt(|y|^2 + eps) in place of n numbers from y[at:] on."""
-
-    def body(code: RowCode, y: Value, at: Value, n: Value, eps: Value) -> None:
-        def add(c: Value, sums: list[Value]) -> list[Value]:
-            u = code.read(y, at, c)
-            return [code.fma(u, u, sums[0])]
-
-        (squares,) = code.each(n, [code.constant(0)], add)
-        inverse = code.fill(code.divide(code.number(1), code.root(code.add(code.total(squares), eps))))
-
-        def scale(c: Value, _: list[Value]) -> list[Value]:
-            code.write(code.mul(code.read(y, at, c), inverse), y, at, c)
-            return []
-
-        code.each(n, [], scale)
-
-    return row_code(body, y.dtype, y, at, n, eps)
+@njit(error_model="numpy", cache=True)
+def _near(x: Any, P: int, C: int, b: int, first: int, rows: int, before: int, head: Any) -> None:
+    """head = rows first - before ... first + rows of sequence b, zeros before its first row."""
+    for i in range(before + rows):
+        r = first - before + i
+        for c in range(C):
+            head[i * C + c] = x[(b * P + r) * C + c] if r >= 0 else 0
 
 
 @functools.cache
-def forward_conv(W: int, silu: bool) -> Compiled:
-    """Fills the outputs ys [B,T,C_p]; stretches [n,4] of (first channel in x, channels, first piece, last piece + 1), pieces
-    [m,5] of (output, first channel in it, first channel in the stretch, channels, unit)."""
-    version, active = sources(), int(silu)
+def forward_conv(W: int, silu: bool, short: bool) -> Compiled:
+    """Fills the outputs ys [B,T,.]; `room` numbers of scratch."""
+    version, active, half = sources(), int(silu), int(short)
 
     @njit(parallel=True, error_model="numpy", cache=True)
-    def forward(x: Any, w: Any, stretches: Any, pieces: Any, eps: Any, parts: int, ys: Any) -> None:
+    def forward(x: Any, w: Any, layout: Any, room: int, eps: Any, parts: int, ys: Any) -> None:
         assert version >= 0
         B, P, C = x.shape
-        T = ys[0].shape[1]
+        T, flat = ys[0].shape[1], x.reshape(x.size)
+        lead = P - T
         for part in prange(parts):
-            head, held = np.zeros((2 * W, C), x.dtype), -1  # a sequence's first rows behind W rows of zeros
+            space, head = np.empty(room + LANES, w.dtype), np.empty((ROWS + W - 1) * C, x.dtype)
+            own = space[-(space.ctypes.data // space.itemsize) % LANES :]
             row, end = part * B * T // parts, (part + 1) * B * T // parts
             while row < end:
                 b, t = row // T, row % T
-                first, rows = t + P - T, min(ROWS, end - row, T - t)
-                if first < W and held != b:
-                    held = b
-                    for i in range(min(W, P)):
-                        for c in range(C):
-                            head[W + i, c] = x[b, i, c]
-                for stretch in range(stretches.shape[0]):
-                    for q in range(stretches[stretch, 2], stretches[stretch, 3]):
-                        y, unit, n = ys[pieces[q, 0]], pieces[q, 4], pieces[q, 3]
-                        c0, size = stretches[stretch, 0] + pieces[q, 2], y.shape[2]
-                        for i in range(rows):
-                            to, at = (row + i) * size + pieces[q, 1], (b * P + first + i) * C
-                            if first + i < W:
-                                near = (W + first + i) * C
-                                _convolve(head, near, w, W, active, y, to, c0, n, C)  # type: ignore[call-arg]
-                            else:
-                                _convolve(x, at, w, W, active, y, to, c0, n, C)  # type: ignore[call-arg]
-                        # All rows first: what was stored a moment ago cannot be loaded at once where the vectors lie otherwise.
-                        if unit > 0:
-                            for i in range(rows):
-                                for h in range(0, n, unit):
-                                    _to_unit(y, (row + i) * size + pieces[q, 1] + h, unit, eps)  # type: ignore[call-arg]
+                rows, first = ROWS if min(end - row, T - t) >= ROWS else 1, lead + t
+                source, at = flat, (b * P + first) * C
+                if first < W - 1:
+                    _near(flat, P, C, b, first, rows, W - 1, head)
+                    source, at = head, (W - 1) * C
+                for p in range(len(ys)):
+                    y, n, unit = ys[p], layout[p, 2], layout[p, 3]
+                    size = y.shape[2]
+                    convolve(  # type: ignore[call-arg]
+                        source,
+                        at,
+                        w,
+                        W,
+                        active,
+                        half,
+                        unit,
+                        eps,
+                        y,
+                        row * size,
+                        size,
+                        own,
+                        rows,
+                        layout[p, 0],
+                        layout[p, 1],
+                        n,
+                        C,
+                    )
                 row += rows
 
     return forward
+
+
+@functools.cache
+def backward_conv(W: int, silu: bool, short: bool) -> Compiled:
+    """Fills dx [B,P,C] and dw [parts,W,C], whose parts, each of some rows of x, are still to be summed.
+
+    Rows are worked off from the last to the first: a row's dx needs dz of the W - 1 rows after it, which are computed once more
+    where they are another part's.
+    """
+    version, active, half = sources(), int(silu), int(short)
+
+    @njit(parallel=True, error_model="numpy", cache=True)
+    def backward(x: Any, w: Any, layout: Any, room: int, eps: Any, dys: Any, dx: Any, dw: Any) -> None:
+        assert version >= 0
+        B, P, C = x.shape
+        T, parts, flat = dys[0].shape[1], dw.shape[0], x.reshape(x.size)
+        lead = P - T
+        for part in prange(parts):
+            space, head = np.empty(room + LANES, w.dtype), np.empty((ROWS + W - 1) * C, x.dtype)
+            own = space[-(space.ctypes.data // space.itemsize) % LANES :]
+            carried = np.zeros((2 * W - 1) * C, w.dtype)
+            row, begin = (part + 1) * B * P // parts, part * B * P // parts
+            while row > begin:
+                b, last = (row - 1) // P, (row - 1) % P + 1
+                bottom = max(0, last - (row - begin))
+                row -= last - bottom
+                carried[W * C :] = 0
+                r = min(last + W - 1, P)
+                while r > bottom:
+                    # Rows before the first output, then blocks, then single rows; behind `last`, another part's.
+                    rows = ROWS if r <= last and r - ROWS >= max(bottom, lead) else 1
+                    r -= rows
+                    source, at, to = flat, (b * P + r) * C, (b * P + r) * C
+                    if r < W - 1:
+                        _near(flat, P, C, b, r, rows, W - 1, head)
+                        source, at = head, (W - 1) * C
+                    for p in range(len(dys)):
+                        dy, n, unit = dys[p], layout[p, 2], layout[p, 3]
+                        size = dy.shape[2]
+                        new, c0, heads = (b * T + max(r - lead, 0)) * size, layout[p, 0], layout[p, 1]
+                        if r < last:
+                            pull(  # type: ignore[call-arg]
+                                source, at, w, W, active, half, unit, eps, dy, new, size, r >= lead, own, rows, carried, dx, to,
+                                c0, heads, n, C,
+                            )  # fmt: skip
+                        else:
+                            pull(  # type: ignore[call-arg]
+                                source, at, w, W, active, half, unit, eps, dy, new, size, r >= lead, own, rows, carried, None, to,
+                                c0, heads, n, C,
+                            )  # fmt: skip
+            for k in range(W):
+                for c in range(C):
+                    dw[part, k, c] = carried[k * C + c]
+
+    return backward

@@ -22,7 +22,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
-from .vectors import Code, Value, vector_code
+from .vectors import LANES, Code, Value, vector_code
 
 Body = Callable[[Value, list[Value]], Sequence[Value]]
 _I32 = ir.IntType(32)
@@ -41,7 +41,9 @@ _MANTISSA = {4: 23, 8: 52}
 def sources() -> int:
     """A checksum of the vector code in other files than the loops'."""
     here = Path(__file__).parent
-    return zlib.crc32(b"".join((here / name).read_bytes() for name in ("vectors.py", "row_code.py", "law_code.py")))
+    return zlib.crc32(
+        b"".join((here / name).read_bytes() for name in ("vectors.py", "row_code.py", "conv_code.py", "law_code.py"))
+    )
 
 
 @functools.cache
@@ -61,16 +63,20 @@ def row_code(body: Callable[..., None], dtype: Any, *given: Any) -> tuple[Any, A
 
 
 class RowCode(Code):
-    def __init__(self, builder: Any, number: Any, size: int) -> None:
-        super().__init__(builder, number, size)
+    def __init__(self, builder: Any, number: Any, size: int, lanes: int | None = None) -> None:
+        super().__init__(builder, number, size, lanes)
         self.mask: Value | None = None
         """Which lanes are read and written; None: all."""
+
+    def shorter(self) -> RowCode:
+        """With half the lanes where they are LANES: for rows that would leave many of these unused."""
+        return RowCode(self.builder, self.number, self.size, LANES // 2) if self.lanes == LANES else self
 
     def each(self, n: Value, carried: Sequence[Value], body: Body) -> list[Value]:
         """carried = body(c, carried) for the vectors from c = 0, lanes, ... on of a row of n numbers, the last under a mask."""
         builder = self.builder
         whole = builder.and_(n, self.index(-self.lanes))
-        kept = self._while(whole, carried, body)
+        kept = self._while(whole, self.lanes, carried, body)
         before, rest = builder.block, builder.sub(n, whole)
         with builder.if_then(builder.icmp_signed(">", rest, self.index(0))):
             lanes = ir.Constant(self._integers(32), list(range(self.lanes)))
@@ -85,7 +91,16 @@ class RowCode(Code):
             results.append(phi)
         return results
 
-    def _while(self, end: Value, carried: Sequence[Value], body: Body) -> list[Value]:
+    def times_over(self, n: Value, body: Callable[[Value], None]) -> None:
+        """body(i) for i = 0 ... n - 1."""
+
+        def once(i: Value, _: list[Value]) -> list[Value]:
+            body(i)
+            return []
+
+        self._while(n, 1, [], once)
+
+    def _while(self, end: Value, step: int, carried: Sequence[Value], body: Body) -> list[Value]:
         builder = self.builder
         before, test = builder.block, builder.append_basic_block("test")
         inside, done = builder.append_basic_block("inside"), builder.append_basic_block("done")
@@ -96,7 +111,7 @@ class RowCode(Code):
         builder.cbranch(builder.icmp_signed("<", c, end), inside, done)
         builder.position_at_end(inside)
         results = list(body(c, list(phis)))
-        following = builder.add(c, self.index(self.lanes))
+        following = builder.add(c, self.index(step))
         builder.branch(test)
         for phi, x, y in zip([c, *phis], [self.index(0), *carried], [following, *results], strict=True):
             phi.add_incoming(x, before)
@@ -166,9 +181,16 @@ class RowCode(Code):
         power = self.builder.bitcast(self.builder.add(self.builder.bitcast(power, bits), exponent), self.vector)
         return self.divide(self.constant(1), self.add(self.constant(1), power))
 
+    def row_sums(self, vectors: Sequence[Value]) -> list[Value]:
+        """The sums of the lanes of each of some vectors, a lane a vector; a single one's in every lane."""
+        if len(vectors) == 1:
+            return [self.fill(self.total(vectors[0]))]
+        return self.sums([*vectors, *[self.constant(0)] * (-len(vectors) % self.lanes)])
+
     def root(self, x: Value) -> Value:
-        """Of a number."""
-        return self._call(f"sqrt.f{8 * self.size}", self.number, x)
+        """Of a number or a vector."""
+        lanes = f"v{self.lanes}" if x.type == self.vector else ""
+        return self._call(f"sqrt.{lanes}f{8 * self.size}", x.type, x)
 
     def divide(self, a: Value, b: Value) -> Value:
         return self.builder.fdiv(a, b)

@@ -123,7 +123,7 @@ def heads(x: Tensor, weight: Tensor, past: Tensor | None, sizes: list[int], unit
     [
         (2, 9, 4, [6, 6, 8], [3, 3, 0]),
         (1, 70, 4, [48, 48, 96], [24, 24, 0]),
-        (3, 40, 3, [200, 300, 150], [100, 150, 0]),  # several stretches of channels, heads wider than one
+        (3, 40, 3, [200, 300, 150], [100, 150, 0]),
         (17, 1, 4, [4, 4, 4], [0, 2, 0]),
         (2, 20, 1, [5, 5, 5], [5, 5, 5]),
         (2, 5, 20, [4, 4, 4], [2, 0, 2]),  # a window longer than the sequence
