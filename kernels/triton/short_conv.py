@@ -46,6 +46,10 @@ class Piece(NamedTuple):
     """Its tiles are begin ... end - 1 of all."""
 
 
+# A kernel asks for a field by its place: before Triton 3.8 tuples within tuples have lost their names there.
+FIRST, SIZE, STRIDE, NORMALISED, HEADS, WIDTH, BEGIN, END = map(tl.constexpr, range(8))
+
+
 @functools.lru_cache(maxsize=256)
 def pieces(sizes: tuple[int, ...], units: tuple[int, ...]) -> tuple[Piece, ...]:
     found: list[Piece] = []
@@ -68,7 +72,7 @@ def _power(number: int) -> int:
 @triton.jit
 def place(length, STEP: tl.constexpr, PIECES: tl.constexpr):
     """This program's sequence, 64-bit; the first of its STEP rows; its tile of channels. Neighbours share rows."""
-    tiles: tl.constexpr = PIECES[-1].end
+    tiles: tl.constexpr = PIECES[-1][END]
     steps = (length + STEP - 1) // STEP
     n = tl.program_id(0) // tiles
     return (n // steps).to(tl.int64), n % steps * STEP, tl.program_id(0) % tiles
@@ -77,48 +81,52 @@ def place(length, STEP: tl.constexpr, PIECES: tl.constexpr):
 @triton.jit
 def channels(tile, PIECE: tl.constexpr):
     """The piece's channels [heads,width] in a tile, and which of them exist."""
-    u = tl.arange(0, PIECE.width)[None, :]
-    c = ((tile - PIECE.begin) * PIECE.heads + tl.arange(0, PIECE.heads))[:, None] * PIECE.stride + u
-    return c, (u < PIECE.stride) & (c < PIECE.size)
+    u = tl.arange(0, PIECE[WIDTH])[None, :]
+    c = ((tile - PIECE[BEGIN]) * PIECE[HEADS] + tl.arange(0, PIECE[HEADS]))[:, None] * PIECE[STRIDE] + u
+    return c, (u < PIECE[STRIDE]) & (c < PIECE[SIZE])
 
 
 @triton.jit
-def weights(taps, c, inside, C: tl.constexpr, TAPS: tl.constexpr, PIECE: tl.constexpr):
+def weights(taps, c, inside, C: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr):
     """w_0 ... w_{W-1}, [heads,width] each."""
-    return [tl.load(taps + i * C + PIECE.first + c, mask=inside, other=0.0) for i in TAPS]
+    found = ()
+    for i in tl.static_range(W):
+        found += (tl.load(taps + i * C + PIECE[FIRST] + c, mask=inside, other=0.0),)
+    return found
 
 
 @triton.jit
 def _outputs(
     x, taps, y, eps, b, t0, tile, P, T,
-    C: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr,
 ):  # fmt: skip
+    PIECE: tl.constexpr = PIECES[p]
     c, inside = channels(tile, PIECE)
-    w = weights(taps, c, inside, C, TAPS, PIECE)
+    w = weights(taps, c, inside, C, W, PIECE)
     t = (t0 + tl.arange(0, BT))[:, None, None]
     r = t + (P - T)
     inside = inside[None, :, :] & (t < T)
-    newest = x + (b * P + r) * C + PIECE.first + c[None, :, :]
-    u = tl.zeros([BT, PIECE.heads, PIECE.width], tl.float32)
-    for i in tl.static_range(len(TAPS)):
+    newest = x + (b * P + r) * C + PIECE[FIRST] + c[None, :, :]
+    u = tl.load(newest, mask=inside, other=0.0).to(tl.float32) * w[0][None, :, :]
+    for i in tl.static_range(1, W):
         u += tl.load(newest - i * C, mask=inside & (r >= i), other=0.0).to(tl.float32) * w[i][None, :, :]
     if SILU:
         u *= tl.sigmoid(u)
-    if PIECE.normalised:
+    if PIECE[NORMALISED]:
         u *= tl.rsqrt(tl.sum(u * u, 2) + eps)[:, :, None]
-    tl.store(y + (b * T + t) * PIECE.size + c[None, :, :], u.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + (b * T + t) * PIECE[SIZE] + c[None, :, :], u.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["P", "T"])
 def short_conv_kernel(
     x, taps, y0, y1, y2, y3, eps, P, T,
-    C: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, PIECES: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     b, t0, tile = place(T, BT, PIECES)
     ys = [y0, y1, y2, y3]
     for p in tl.static_range(len(PIECES)):
-        if (tile >= PIECES[p].begin) & (tile < PIECES[p].end):
-            _outputs(x, taps, ys[p], eps, b, t0, tile, P, T, C, TAPS, SILU, BT, PIECES[p])
+        if (tile >= PIECES[p][BEGIN]) & (tile < PIECES[p][END]):
+            _outputs(x, taps, ys[p], eps, b, t0, tile, P, T, C, W, SILU, BT, PIECES, p)
 
 
 def outputs(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -143,7 +151,7 @@ def convolve(
     BT = min(ELEMENTS // max(piece.heads * piece.width for piece in cut), max(_power(tokens), 4))
     arguments = {
         "x": padded.contiguous(), "taps": taps.contiguous(), **outputs("y", ys), "eps": float(eps), "P": P, "T": tokens,
-        "C": C, "TAPS": tuple(range(len(taps))), "SILU": silu, "BT": BT, "PIECES": cut,
+        "C": C, "W": len(taps), "SILU": silu, "BT": BT, "PIECES": cut,
     }  # fmt: skip
     launch.run(short_conv_kernel, (B * ceil_div(tokens, BT) * cut[-1].end,), arguments, warps=4, registers=255)
     return ys

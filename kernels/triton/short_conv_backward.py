@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import launch
 from .launch import ceil_div
-from .short_conv import channels, outputs, pieces, place, weights
+from .short_conv import BEGIN, END, FIRST, NORMALISED, SIZE, channels, outputs, pieces, place, weights
 
 ROWS = 64
 """That a program walks over: OWN of its own, W - 1 after."""
@@ -36,7 +36,7 @@ HELD = 512
 @triton.jit
 def _there(c, inside, real, PIECE: tl.constexpr):
     """The channels that exist of a row that does, or does not (a block and a number cannot be joined in the interpreter)."""
-    return inside & (c < tl.where(real, PIECE.size, 0))
+    return inside & (c < tl.where(real, PIECE[SIZE], 0))
 
 
 @triton.jit
@@ -47,10 +47,10 @@ def _row(x, c, inside, r, first, end, STRIDE: tl.constexpr, PIECE: tl.constexpr)
 
 
 @triton.jit
-def _before_activation(window, w, dy, eps, TAPS: tl.constexpr, SILU: tl.constexpr, NORMALISED: tl.constexpr):
+def _before_activation(window, w, dy, eps, W: tl.constexpr, SILU: tl.constexpr, NORMALISED: tl.constexpr):
     """dz of a row from its inputs x_r ... x_{r-W+1} and dy."""
     z = window[0] * w[0]
-    for i in tl.static_range(1, len(TAPS)):
+    for i in tl.static_range(1, W):
         z += window[i] * w[i]
     s = tl.sigmoid(z)
     u = z * s if SILU else z
@@ -65,28 +65,36 @@ def _before_activation(window, w, dy, eps, TAPS: tl.constexpr, SILU: tl.constexp
 @triton.jit
 def _gradients(
     x, taps, dy, dx, sums, eps, b, first, tile, P, T,
-    C: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, OWN: tl.constexpr, AHEAD: tl.constexpr, PIECE: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, OWN: tl.constexpr, AHEAD: tl.constexpr, PIECES: tl.constexpr,
+    p: tl.constexpr,
 ):  # fmt: skip
-    W: tl.constexpr = len(TAPS)
+    PIECE: tl.constexpr = PIECES[p]
     c, inside = channels(tile, PIECE)
-    w = weights(taps, c, inside, C, TAPS, PIECE)
+    w = weights(taps, c, inside, C, W, PIECE)
     part = b * ((P + OWN - 1) // OWN) + first // OWN
-    x += b * P * C + PIECE.first
-    dx += b * P * C + PIECE.first
-    dy += b * T * PIECE.size
+    x += b * P * C + PIECE[FIRST]
+    dx += b * P * C + PIECE[FIRST]
+    dy += b * T * PIECE[SIZE]
     end = tl.minimum(first + OWN, P)
-    older = [_row(x, c, inside, first - 1 - i, 0, P, C, PIECE) for i in TAPS[:-1]]
-    earlier = [tl.zeros([PIECE.heads, PIECE.width], tl.float32) for _ in TAPS[:-1]]
-    dw = [tl.zeros([PIECE.heads, PIECE.width], tl.float32) for _ in TAPS]
-    for walked in range(0, end - first + (W - 1), len(AHEAD)):
+    zeros = tl.zeros_like(w[0])
+    older, earlier, dw = (), (), (zeros,)
+    for i in tl.static_range(1, W):
+        older += (_row(x, c, inside, first - i, 0, P, C, PIECE),)
+        earlier += (zeros,)
+        dw += (zeros,)
+    for walked in range(0, end - first + (W - 1), AHEAD):
         r = first + walked
         # All loads first: the compiler moves none past a store.
-        inputs = [_row(x, c, inside, r + j, 0, P, C, PIECE) for j in AHEAD]
-        upstream = [_row(dy, c, inside, r + j, P - T, P, PIECE.size, PIECE) for j in AHEAD]
-        for j in tl.static_range(len(AHEAD)):
-            window = [inputs[j]] + older  # noqa: RUF005 (Triton compiles no starred list)
-            dz = _before_activation(window, w, upstream[j], eps, TAPS, SILU, PIECE.normalised)
-            dzs = earlier + [tl.where((r + j >= P - T) & (r + j < P), dz, 0.0)]  # noqa: RUF005
+        inputs, upstream = (), ()
+        for j in tl.static_range(AHEAD):
+            inputs += (_row(x, c, inside, r + j, 0, P, C, PIECE),)
+            upstream += (_row(dy, c, inside, r + j, P - T, P, PIECE[SIZE], PIECE),)
+        for j in tl.static_range(AHEAD):
+            window = (inputs[j],)
+            window += older
+            dz = _before_activation(window, w, upstream[j], eps, W, SILU, PIECE[NORMALISED])
+            dzs = earlier
+            dzs += (tl.where((r + j >= P - T) & (r + j < P), dz, 0.0),)
             done = r + j - (W - 1)
             own = (done >= first) & (done < end)
             found = w[0] * dzs[0]
@@ -94,23 +102,25 @@ def _gradients(
                 found += w[i] * dzs[i]
             tl.store(dx + done * C + c, found.to(dx.dtype.element_ty), mask=_there(c, inside, own, PIECE))
             x_done = tl.where(own, window[W - 1], 0.0)
-            dw = [dw[i] + x_done * dzs[i] for i in TAPS]
-            older, earlier = window[:-1], dzs[1:]
+            further = ()
+            for i in tl.static_range(W):
+                further += (dw[i] + x_done * dzs[i],)
+            dw, older, earlier = further, window[:-1], dzs[1:]
     for i in tl.static_range(W):
-        tl.store(sums + (part * W + i) * C + PIECE.first + c, dw[i], mask=inside)
+        tl.store(sums + (part * W + i) * C + PIECE[FIRST] + c, dw[i], mask=inside)
 
 
 @triton.jit(do_not_specialize=["P", "T"])
 def short_conv_adjoint_kernel(
     x, taps, dy0, dy1, dy2, dy3, dx, sums, eps, P, T,
-    C: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, OWN: tl.constexpr, AHEAD: tl.constexpr, PIECES: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, OWN: tl.constexpr, AHEAD: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     b, start, tile = place(P, OWN, PIECES)
     first = start.to(tl.int64)
     dys = [dy0, dy1, dy2, dy3]
     for p in tl.static_range(len(PIECES)):
-        if (tile >= PIECES[p].begin) & (tile < PIECES[p].end):
-            _gradients(x, taps, dys[p], dx, sums, eps, b, first, tile, P, T, C, TAPS, SILU, OWN, AHEAD, PIECES[p])
+        if (tile >= PIECES[p][BEGIN]) & (tile < PIECES[p][END]):
+            _gradients(x, taps, dys[p], dx, sums, eps, b, first, tile, P, T, C, W, SILU, OWN, AHEAD, PIECES, p)
 
 
 def convolve_backward(
@@ -126,8 +136,8 @@ def convolve_backward(
     sums = torch.empty(B * segments, W, C, dtype=torch.float32, device=padded.device)
     arguments = {
         "x": padded.contiguous(), "taps": taps.contiguous(), **outputs("dy", [gradient.contiguous() for gradient in gradients]),
-        "dx": dx, "sums": sums, "eps": float(eps), "P": P, "T": gradients[0].shape[1], "C": C, "TAPS": tuple(range(W)),
-        "SILU": silu, "OWN": OWN, "AHEAD": (0, 1), "PIECES": cut,
+        "dx": dx, "sums": sums, "eps": float(eps), "P": P, "T": gradients[0].shape[1], "C": C, "W": W,
+        "SILU": silu, "OWN": OWN, "AHEAD": 2, "PIECES": cut,
     }  # fmt: skip
     registers, warps = 144 if held <= HELD else 255, 1 if held <= 2 * HELD else 2
     launch.run(short_conv_adjoint_kernel, (B * segments * tiles,), arguments, warps, registers)
