@@ -95,7 +95,7 @@ def delta_rule(
     if packing is not None and backend != "triton":
         call = partial(delta_rule, scale=factor, erase=erase, backend=backend, chunk_size=chunk_size)
         tokens = {"q": q, "read_key": rows, "write_key": write_key, "v": v, "log_decay": log_decay}
-        return _packed(call, tokens, {"initial_state": initial_state}, packing, backend)
+        return in_pieces(call, tokens, {"initial_state": initial_state}, packing, backend)
     if backend == "triton":
         check_working_dtype(dtype)
         return triton.delta_rule(q, rows, write_key, v, log_decay, initial_state, factor, dtype, min(chunk_size, 64), packing)
@@ -134,11 +134,11 @@ def diagonal_scan(
     """
     check_diagonal_scan(u, log_decay, initial, anchor, chunk_size, cu_seqlens)
     dtype = working_dtype(u, log_decay, initial, anchor if isinstance(anchor, Tensor) else None)
-    backend = _scan_backend(backend, u, dtype)
+    backend = scan_backend(backend, u, dtype)
     packing = None if cu_seqlens is None else packing_of(cu_seqlens)
     if packing is not None and backend != "triton":
         call = partial(diagonal_scan, backend=backend, chunk_size=chunk_size)
-        return _packed(call, {"u": u, "log_decay": log_decay}, {"initial": initial}, packing, backend, anchor)
+        return in_pieces(call, {"u": u, "log_decay": log_decay}, {"initial": initial}, packing, backend, anchor)
     B, _, H, K = u.shape
     N = B if packing is None else packing.sequences
     goal = anchor_of(anchor, log_decay, (N, H, K), u, dtype)
@@ -191,14 +191,14 @@ def hypergradient_scan(
     check_hypergradient_scan(s, step, aware, log_decay, initial, box, clip, anchor, chunk_size, cu_seqlens)
     numbers = [x for x in (step, anchor) if isinstance(x, Tensor)]
     dtype = working_dtype(s, aware, log_decay, initial, *numbers)
-    backend = _scan_backend(backend, s, dtype)
+    backend = scan_backend(backend, s, dtype)
     packing = None if cu_seqlens is None else packing_of(cu_seqlens)
     B, T, H, K = s.shape
     eta = step if isinstance(step, Tensor) else torch.full((B, T, H), float(step), dtype=dtype, device=s.device)
     if packing is not None and backend != "triton":
         call = partial(hypergradient_scan, box=box, clip=clip, backend=backend, chunk_size=chunk_size)
         tokens = {"s": s, "step": eta, "aware": aware, "log_decay": log_decay}
-        return _packed(call, tokens, {"initial": initial}, packing, backend, anchor)
+        return in_pieces(call, tokens, {"initial": initial}, packing, backend, anchor)
     N = B if packing is None else packing.sequences
     goal = anchor_of(anchor, log_decay, (N, H, K), s, dtype)
     first = s.new_zeros(N, H, K, dtype=dtype) if initial is None else initial
@@ -312,7 +312,7 @@ def gram_solve(
         return reference.gram_solve(q.to(dtype), wide, weight, _to(log_decay, dtype), ridge.to(dtype), first)
 
 
-def _scan_backend(name: str, like: Tensor, dtype: torch.dtype) -> str:
+def scan_backend(name: str, like: Tensor, dtype: torch.dtype) -> str:
     """A scan carries a vector where `delta_rule` carries a matrix: wide heads leave the loop ahead, as measured at 128."""
     K = like.shape[-1]
     if name == "auto" and like.device.type == "cpu" and K >= _SMALLEST_SCAN:
@@ -335,7 +335,7 @@ def _written(write_key: Tensor | None, read_key: Tensor | None, beta: Tensor | N
     return write_key
 
 
-def _packed(
+def in_pieces(
     call: Call,
     tokens: Tensors,
     states: Tensors,

@@ -1,16 +1,17 @@
-"""An online preconditioner from key to write key in one call, which the Triton backend does in one pass."""
+"""An online preconditioner from key to write key in one call, which the Triton and CPU backends do in one pass."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import triton
-from .backends import resolve_backend
 from .checks import check_hypergradient_write_key, check_write_key
-from .cpu import squashed
-from .dispatch import anchor_of, check_working_dtype, clipping, diagonal_scan, hypergradient_scan
-from .packing import packing_of
+from .cpu import diagonal, hypergradient
+from .dispatch import anchor_of, check_working_dtype, clipping, diagonal_scan, hypergradient_scan, in_pieces, scan_backend
+from .packing import Packing, packing_of
 from .precision import without_autocast, working_dtype
 from .squash import Squash
 
@@ -35,22 +36,32 @@ def preconditioned_write_key(
         key: k [B,T,H,K]. centre: c [H]. squash: how a curvature becomes a multiplier.
         beta, gain: [B,T,H], 1 when None. log_decay: None (nothing is forgotten) or [B,T,H].
         initial: A_0 [B,H,K], zeros when None.
-        backend, chunk_size, cu_seqlens: as in `delta_rule`; "triton" is fused, the others are `diagonal_scan` and the formula.
+        backend, chunk_size, cu_seqlens: as in `delta_rule`; "triton" is fused, and "cpu" where there is a squash; the others are
+            `diagonal_scan` and the formula.
 
     Returns: w [B,T,H,K] in the key's dtype, and the last A [B,H,K] in float32 or wider. Differentiable once in every tensor.
     Errors: `UserError` (a ValueError) that names the argument.
     """
     check_write_key(key, centre, beta, log_decay, gain, initial, chunk_size, cu_seqlens)
     dtype = working_dtype(key, beta, log_decay, gain, initial, centre)
-    if _fused(backend, key, dtype):
-        packing = None if cu_seqlens is None else packing_of(cu_seqlens)
-        first = _first(initial, key, cu_seqlens, dtype)
+    chosen = scan_backend(backend, key, dtype)
+    fused = chosen == "triton" or (chosen == "cpu" and diagonal.serves(squash))
+    packing = None if cu_seqlens is None else packing_of(cu_seqlens)
+    if packing is not None and fused and chosen == "cpu":
+        call = partial(preconditioned_write_key, centre=centre, squash=squash, backend=chosen)
+        tokens = {"key": key, "beta": beta, "log_decay": log_decay, "gain": gain}
+        return in_pieces(call, tokens, {"initial": initial}, packing, chosen)
+    if fused:
+        first = _first(initial, key, packing, dtype)
+        if chosen == "cpu":
+            return diagonal.write_key(key, centre, beta, log_decay, gain, first, squash, dtype)
+        check_working_dtype(dtype)
         return triton.write_key(key, beta, log_decay, gain, first, centre, squash, packing)
     with without_autocast(key.device):
         wide = key.to(dtype)
         added = wide.square() if gain is None else gain.to(dtype).unsqueeze(-1) * wide.square()
         A, last = diagonal_scan(added, log_decay, initial, backend, chunk_size, cu_seqlens=cu_seqlens)
-        w = _squashed(A, wide, centre.to(dtype), squash, backend)
+        w = squash.multiplier(A, centre.to(dtype)) * wide
         return (w if beta is None else beta.to(dtype).unsqueeze(-1) * w).to(key.dtype), last
 
 
@@ -76,8 +87,8 @@ def hypergradient_write_key(
     Args:
         key: unit keys k [B,T,H,K]. beta: [B,T,H], 1 when None.
         step, aware, log_decay, initial, box, clip, anchor: as in `hypergradient_scan`.
-        backend, chunk_size, cu_seqlens: as in `delta_rule`; "triton" is fused, the others are `hypergradient_scan` and two
-            products. With clip="chunk" the chunk size is part of the function.
+        backend, chunk_size, cu_seqlens: as in `delta_rule`; "triton" and "cpu" are fused, the others are `hypergradient_scan` and
+            two products. With clip="chunk" the chunk size is part of the function.
 
     Returns: w [B,T,H,K] in the key's dtype, and d_{T+1} [B,H,K] in float32 or wider. Differentiable once in every tensor.
     Errors: `UserError` (a ValueError) that names the argument.
@@ -85,11 +96,24 @@ def hypergradient_write_key(
     check_hypergradient_write_key(key, step, beta, aware, log_decay, initial, box, clip, anchor, chunk_size, cu_seqlens)
     numbers = [x for x in (step, anchor) if isinstance(x, Tensor)]
     dtype = working_dtype(key, beta, aware, log_decay, initial, *numbers)
-    if _fused(backend, key, dtype):
-        packing = None if cu_seqlens is None else packing_of(cu_seqlens)
-        first = _first(initial, key, cu_seqlens, dtype)
+    chosen = scan_backend(backend, key, dtype)
+    packing = None if cu_seqlens is None else packing_of(cu_seqlens)
+    if packing is not None and chosen == "cpu":
+        tokens = {"key": key, "beta": beta, "aware": aware, "log_decay": log_decay}
+        call = partial(hypergradient_write_key, box=box, clip=clip, backend=chosen, chunk_size=chunk_size)
+        if isinstance(step, Tensor):
+            tokens["step"] = step
+        else:
+            call = partial(call, step=step)
+        return in_pieces(call, tokens, {"initial": initial}, packing, chosen, anchor)
+    if chosen in ("cpu", "triton"):
+        first = _first(initial, key, packing, dtype)
         goal = anchor_of(anchor, log_decay, first.shape, first, dtype)
         edges, every = clipping(box, clip, chunk_size)
+        if chosen == "cpu":
+            eta = step if isinstance(step, Tensor) else key.new_full(key.shape[:3], float(step), dtype=dtype)
+            return hypergradient.write_key(key, beta, eta, aware, log_decay, first, goal, edges, every, dtype)
+        check_working_dtype(dtype)
         rate = step if isinstance(step, Tensor) else float(step)
         return triton.hypergradient_write_key(key, beta, rate, aware, log_decay, first, goal, edges, every, packing)
     with without_autocast(key.device):
@@ -101,24 +125,9 @@ def hypergradient_write_key(
         return (w if beta is None else beta.to(dtype).unsqueeze(-1) * w).to(key.dtype), last
 
 
-def _squashed(A: Tensor, key: Tensor, centre: Tensor, squash: Squash, backend: str) -> Tensor:
-    """squash(A) k, in one compiled pass where the backend has one."""
-    if resolve_backend(backend, key.device, key.shape[-1], key.shape[-1]) == "cpu" and squashed.serves(A, squash):
-        return squashed.times_key(A, key, centre, squash)
-    return squash.multiplier(A, centre) * key
-
-
-def _fused(backend: str, key: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels that go from key to write key serve this call; an error where only they could, and do not."""
-    if resolve_backend(backend, key.device, key.shape[-1], key.shape[-1], dtype=dtype) != "triton":
-        return False
-    check_working_dtype(dtype)
-    return True
-
-
-def _first(initial: Tensor | None, key: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _first(initial: Tensor | None, key: Tensor, packing: Packing | None, dtype: torch.dtype) -> Tensor:
     """The state before the first token, one per sequence."""
     if initial is not None:
         return initial
-    rows = len(key) if cu_seqlens is None else len(cu_seqlens) - 1
+    rows = len(key) if packing is None else packing.sequences
     return key.new_zeros(rows, *key.shape[2:], dtype=dtype)

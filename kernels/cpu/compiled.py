@@ -4,6 +4,7 @@ works on a group is vector code (`group_forward`, `group_backward`, where the eq
 B batch, T time, H heads, K key width, V value width, both as `padded` has them; N blocks of BLOCK tokens. Arrays are C-contiguous
 [B,T,H,.], the decay [B,T,H,G] with G = 0 (none), 1 (one per head) or K (one per key channel) holds exp(log_decay). Rows of q, r,
 w, v, o, their gradients and the decay are as wide as the head, all else is padded. `scaled`: the write key is beta w, and r is w.
+The initial state and the gradients of states are [B,H,K,V], or [B,H,0,V]: zeros, and not asked for.
 
 All that a head works on lies in one array, `work`, that begins at a cache line (its parts: `group_forward.Work`).
 """
@@ -21,7 +22,7 @@ import numpy as np
 from numba import njit, prange
 
 from .group_backward import pull, push, replay, turn
-from .group_forward import TOKENS, Prepared, Work, prepare, step
+from .group_forward import TOKENS, Work, decays, prepare, step
 from .vectors import LANES
 
 _CACHE = 1 << 14
@@ -62,22 +63,10 @@ def _sources() -> int:
     return zlib.crc32(b"".join((here / f"{name}.py").read_bytes() for name in ("vectors", "group_forward", "group_backward")))
 
 
-@njit(error_model="numpy")
-def _decays(work: Any, at: Any, a: Any, b: Any, t: Any, h: Any, count: Any, K: Any) -> None:
-    """The decays of `count` tokens from t on, in rows of K at work[at:]; 1 where nothing is forgotten, and beyond the last."""
-    channels = a.shape[3] if a.shape[3] > 1 else 0
-    for i in range(TOKENS):
-        known = channels if i < count else 0
-        for k in range(known):
-            work[at + i * K + k] = a[b, t + i, h, k]
-        decay = a[b, t + i, h, 0] if i < count and a.shape[3] == 1 else a.dtype.type(1)
-        for k in range(known, K):
-            work[at + i * K + k] = decay
-
-
 @functools.lru_cache(maxsize=256)
 def forward_loop(widths: tuple[int, int], erase: bool, scaled: bool, least_parts: int = 1) -> Compiled:
-    """For heads of these widths: o, e, the states before every block where `kept` has room for them, and the last state.
+    """For heads of these widths: o, e, the states before every block but the first where `kept` has room
+    for them, and the last state.
 
     Columns of the state do not meet, so that what is worked on in parallel is (b, h, part of P columns); `least_parts` for where
     there are fewer heads than threads. The parts change nothing in the result.
@@ -85,7 +74,7 @@ def forward_loop(widths: tuple[int, int], erase: bool, scaled: bool, least_parts
     (keys, values), (K, V) = widths, padded(*widths)
     P, BLOCK, erases, scales, sources = _part(K, V, least_parts), block(K, V), int(erase), int(scaled), _sources()
     parts, place = V // P, Work(K, P, 1)
-    STATE, SIZE = place.states, place.size
+    ZEROS, ONES, SCRAP, STATE, SIZE = place.zeros, place.ones, place.scrap, place.states, place.size
 
     @njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)
     def forward(
@@ -93,23 +82,28 @@ def forward_loop(widths: tuple[int, int], erase: bool, scaled: bool, least_parts
     ) -> None:
         assert sources >= 0
         B, T, H, _ = q.shape
+        G = a.shape[3]
         for index in prange(B * H * parts):
             b, h, c = index // (H * parts), (index // parts) % H, (index % parts) * P
             space = np.empty(SIZE + LANES, q.dtype)
             work = space[-(space.ctypes.data // space.itemsize) % LANES :]
-            work[:STATE] = 0
-            for k in range(K):
-                for j in range(P):
-                    work[STATE + k * P + j] = initial[b, h, k, c + j]
+            work[ZEROS:ONES], work[ONES:SCRAP], work[STATE : STATE + K * P] = 0, 1, 0
+            known = 1
+            if initial.shape[2] > 0:
+                known = K
+                for k in range(K):
+                    for j in range(P):
+                        work[STATE + k * P + j] = initial[b, h, k, c + j]
             for t in range(0, T, TOKENS):
-                if kept.shape[2] > 0 and t % BLOCK == 0:
+                if kept.shape[2] > 0 and t > 0 and t % BLOCK == 0:
                     for k in range(K):
                         for j in range(P):
-                            kept[b, h, t // BLOCK, k, c + j] = work[STATE + k * P + j]
+                            kept[b, h, t // BLOCK - 1, k, c + j] = work[STATE + k * P + j]
                 row, count = (b * T + t) * H + h, min(TOKENS, T - t)
-                _decays(work, 0, a, b, t, h, count, K)
-                prepare(work, q, r, w, beta, row, H, count, 0, K, P, 1, erases, scales, keys)  # type: ignore[call-arg]
-                step(work, v, e, o, scale, row, H, c, count, K, V, P, erases, values)
+                decays(work, a, G, row, H, count, 0, K, P, 1, keys)  # type: ignore[call-arg]
+                prepare(work, q, r, w, beta, row, H, count, 0, K, P, 1, erases, scales, keys)
+                step(work, v, e, o, scale, row, H, c, count, known, K, V, P, erases, values)
+                known = K
             for k in range(K):
                 for j in range(P):
                     final[b, h, k, c + j] = work[STATE + k * P + j]
@@ -126,9 +120,9 @@ def backward_loop(widths: tuple[int, int], erase: bool, scaled: bool) -> Compile
     """
     (keys, values), (K, V) = widths, padded(*widths)
     P, BLOCK, erases, scales, sources = _part(K, V), block(K, V), int(erase), int(scaled), _sources()
-    GROUPS, ROWS = BLOCK // TOKENS, Prepared(K).size
+    GROUPS = BLOCK // TOKENS
     place = Work(K, P, GROUPS)
-    ZEROS, SCRAP, STEPS, LOGS = place.zeros, place.scrap, place.steps, place.logs
+    ZEROS, ONES, SCRAP, STEPS, LOGS = place.zeros, place.ones, place.scrap, place.steps, place.logs
     ADJOINT, STATES, SIZE = place.adjoint, place.states, place.size
 
     @njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)
@@ -139,6 +133,7 @@ def backward_loop(widths: tuple[int, int], erase: bool, scaled: bool) -> Compile
         beta: Any,
         a: Any,
         e: Any,
+        initial: Any,
         kept: Any,
         d_o: Any,
         d_final: Any,
@@ -153,30 +148,38 @@ def backward_loop(widths: tuple[int, int], erase: bool, scaled: bool) -> Compile
     ) -> None:
         assert sources >= 0
         B, T, H, _ = q.shape
-        G, blocks = a.shape[3], kept.shape[2]
+        G, blocks = a.shape[3], kept.shape[2] + 1
         zero = q.dtype.type(0)
         for index in prange(B * H):
             b, h = index // H, index % H
             space = np.empty(SIZE + LANES, q.dtype)
             work = space[-(space.ctypes.data // space.itemsize) % LANES :]
-            work[ZEROS:SCRAP] = 0
+            work[ZEROS:ONES], work[ONES:SCRAP] = 0, 1
             for c in range(0, V, P):
-                turn(work, d_final, index * K * V + c, ADJOINT, K, V, P)  # type: ignore[call-arg]
+                if d_final.shape[2] > 0:
+                    turn(work, d_final, index * K * V + c, ADJOINT, K, V, P)  # type: ignore[call-arg]
+                else:
+                    work[ADJOINT : ADJOINT + K * P] = 0
                 for n in range(blocks - 1, -1, -1):
                     first = n * BLOCK
                     groups = (min(BLOCK, T - first) + TOKENS - 1) // TOKENS
-                    turn(work, kept, (index * blocks + n) * K * V + c, STATES, K, V, P)
+                    if n > 0:
+                        turn(work, kept, (index * (blocks - 1) + n - 1) * K * V + c, STATES, K, V, P)  # type: ignore[call-arg]
+                    elif initial.shape[2] > 0:
+                        turn(work, initial, index * K * V + c, STATES, K, V, P)  # type: ignore[call-arg]
+                    else:
+                        work[STATES : STATES + K * P] = 0
                     for m in range(groups):
                         t = first + m * TOKENS
                         row, count = (b * T + t) * H + h, min(TOKENS, T - t)
-                        _decays(work, m * ROWS, a, b, t, h, count, K)
+                        decays(work, a, G, row, H, count, m, K, P, GROUPS, keys)  # type: ignore[call-arg]
                         prepare(work, q, r, w, beta, row, H, count, m, K, P, GROUPS, erases, scales, keys)
                         if m + 1 < groups:
                             replay(work, e, row, H, c, count, m, K, V, P, GROUPS)
                     for m in range(groups - 1, -1, -1):
                         t = first + m * TOKENS
                         row, count = (b * T + t) * H + h, min(TOKENS, T - t)
-                        pull(work, e, d_o, dv, scale, row, H, c, count, m, K, V, P, GROUPS, erases, values)
+                        pull(work, e, d_o, dv, scale, row, H, c, count, m, K, V, P, GROUPS, erases, values)  # type: ignore[call-arg]
                         push(work, q, r, w, beta, dq, dr, dw, row, H, count, m, c, K, P, GROUPS, erases, scales, keys)
                         for i in range(count):
                             if scales > 0:
@@ -189,7 +192,7 @@ def backward_loop(widths: tuple[int, int], erase: bool, scaled: bool) -> Compile
                                 for k in range(K):
                                     total += work[LOGS + i * K + k]
                                 d_log[b, t + i, h, 0] = (d_log[b, t + i, h, 0] if c > 0 else zero) + total
-                for k in range(K):
+                for k in range(d_initial.shape[2]):
                     for j in range(P):
                         d_initial[b, h, k, c + j] = work[ADJOINT + j * K + k]
 

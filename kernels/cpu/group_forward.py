@@ -45,8 +45,10 @@ class Work:
     def __init__(self, K: int, P: int, groups: int) -> None:
         self.zeros = groups * Prepared(K).size
         """After the groups' `Prepared`: a row of zeros, read instead of rows beyond the last token."""
-        self.scrap = self.zeros + max(K, P)
-        """A row written to instead of those."""
+        self.ones = self.zeros + max(K, P)
+        """A row of ones: the decays where nothing is forgotten, and beyond the last token."""
+        self.scrap = self.ones + K
+        """A row written to instead of those of results."""
         self.columns = self.scrap + max(K, P)
         """[4,TOKENS,P], backward: D^T (c_3j w_j), scale do, de and e."""
         self.pairs = self.columns + 4 * TOKENS * P
@@ -82,6 +84,47 @@ def written(
         return lambda _, x: x
     factors = [code.spread(x) for x in code.rows(beta, row, heads, TOKENS, count, none)]
     return lambda i, x: code.mul(factors[i], x)
+
+
+@intrinsic(prefer_literal=True)
+def decays(
+    typing: Any,
+    work: Any,
+    a: Any,
+    kind: Any,
+    row: Any,
+    heads: Any,
+    count: Any,
+    group: Any,
+    K: Any,
+    P: Any,
+    groups: Any,
+    keys: Any,
+) -> Any:
+    """The decays of a group of `count` tokens for `prepare`: of `kind` numbers a token, 0, 1 or `keys`."""
+    return vector_code(_decays, work.dtype, work, a, kind, row, heads, count, group, K, P, groups, keys)
+
+
+def _decays(
+    code: Code, work: Value, a: Value, kind: Value, row: Value, heads: Value, count: Value, group: Value, K: int, P: int,
+    groups: int, keys: int,
+) -> None:  # fmt: skip
+    code = code.fitting(K, P)
+    ones = code.at(work, Work(K, P, groups).ones)
+    here = code.at(work, code.times(group, Prepared(K).size))
+    known = code.choose(code.builder.icmp_signed(">", kind, code.index(0)), count, code.index(0))
+    rows = code.rows(a, code.times(row, kind), code.times(heads, kind), TOKENS, known, ones)
+    single = code.builder.icmp_signed("<=", kind, code.index(1))
+    numbers = [code.spread(x) for x in rows]
+
+    def body(k: Value, _: list[Value]) -> Sequence[Value]:
+        left = None if keys == K else code.choose(single, code.index(K), code.builder.sub(code.index(keys), k))
+        for i, x in enumerate(rows):
+            channels = code.part(code.choose(single, ones, code.at(x, k)), code.index(0), left)
+            code.store(code.choose(single, numbers[i], channels), here, code.sum(i * K, k))
+        return []
+
+    code.loop(K, code.lanes, [], body)
 
 
 @intrinsic(prefer_literal=True)
@@ -138,17 +181,17 @@ def _prepare(
 
 @intrinsic(prefer_literal=True)
 def step(
-    typing: Any, work: Any, v: Any, e: Any, o: Any, scale: Any, row: Any, heads: Any, column: Any, count: Any, K: Any, V: Any,
-    P: Any, erase: Any, values: Any,
+    typing: Any, work: Any, v: Any, e: Any, o: Any, scale: Any, row: Any, heads: Any, column: Any, count: Any, known: Any, K: Any,
+    V: Any, P: Any, erase: Any, values: Any,
 ) -> Any:  # fmt: skip
     """o and e of a prepared group, for the P columns of v from `column` on, and the state after it; v and o have rows of `values`
-    numbers, e of V."""
-    return vector_code(_step, work.dtype, work, v, e, o, scale, row, heads, column, count, K, V, P, erase, values)
+    numbers, e of V. All rows of the state from the `known`-th (one or more) on are zeros."""
+    return vector_code(_step, work.dtype, work, v, e, o, scale, row, heads, column, count, known, K, V, P, erase, values)
 
 
 def _step(
     code: Code, work: Value, v: Value, e: Value, o: Value, scale: Value, row: Value, heads: Value, column: Value, count: Value,
-    K: int, V: int, P: int, erase: int, values: int,
+    known: Value, K: int, V: int, P: int, erase: int, values: int,
 ) -> None:  # fmt: skip
     code = code.fitting(K, P)
     parts, width = Work(K, P, 1), code.left(values, V, column)
@@ -172,7 +215,7 @@ def _step(
                 code.fetch(v, first, stride, range(TOKENS, 2 * TOKENS), column)
                 code.fetch(e, full, apart, range(TOKENS), column, write=True)
                 code.fetch(o, first, stride, range(TOKENS), column, write=True)
-            y, z = _read(code, work, state, at, K, P, erase)
+            y, z = _read(code, work, state, at, known, K, P, erase)
             errors = _solve(code, work, factor, places, at, width, y, z, K, erase)
             _update(code, work, state, at, errors, K, P)
             return []
@@ -187,7 +230,7 @@ def _step(
 
 
 def _read(
-    code: Code, rows: Value, state: Value, at: list[Value], K: int, P: int, erase: int
+    code: Code, rows: Value, state: Value, at: list[Value], known: Value, K: int, P: int, erase: int
 ) -> tuple[list[list[Value]], list[list[Value]]]:
     """(c_i r_i)^T S and (c_i q_i)^T S of the columns `at`: for every token, a vector each."""
     place, size = Prepared(K), len(at)
@@ -202,7 +245,7 @@ def _read(
                 results += [code.fma(x, one, sums[len(results) + s]) for s, one in enumerate(S)]
         return results
 
-    found = code.loop(K, 1, [code.constant(0)] * (len(kinds) * TOKENS * size), body)
+    found = code.loop(known, 1, [code.constant(0)] * (len(kinds) * TOKENS * size), body)
     split = [found[i : i + size] for i in range(0, len(found), size)]
     return split[TOKENS:], split[:TOKENS]
 

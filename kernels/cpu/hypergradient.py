@@ -1,4 +1,5 @@
-"""The hypergradient scan, with its box after every token, at the ends of chunks or without, over the compiled loops."""
+"""The hypergradient preconditioner, as a scan and from key to write key, with its box after every token, at the ends of chunks or
+without, over the compiled loops."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..reference import Box
-from .launch import arrays, launch, scalar
+from .launch import arrays, fresh, launch, scalar
+
+_SCAN, _WRITE_KEY = 0, 1
 
 
 def hypergradient_scan(
@@ -24,61 +27,90 @@ def hypergradient_scan(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`reference.hypergradient_scan` on checked inputs, compiled; computed and returned in `dtype` (float32 or float64)."""
-    result: tuple[Tensor, Tensor] = _HypergradientScan.apply(  # type: ignore[no-untyped-call]
-        s, step, aware, log_decay, initial, anchor, box, every, dtype
-    )
+    d, last = _applied(s, step, aware, log_decay, None, anchor, initial, box, every, dtype, _SCAN)
+    return d, last
+
+
+def write_key(
+    key: Tensor,
+    beta: Tensor | None,
+    step: Tensor,
+    aware: Tensor | None,
+    log_decay: Tensor | None,
+    initial: Tensor,
+    anchor: Tensor | None,
+    box: Box | None,
+    every: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.hypergradient_write_key` on checked inputs, the same in one pass; w in the key's dtype."""
+    w, last = _applied(key, step, aware, log_decay, beta, anchor, initial, box, every, dtype, _WRITE_KEY)
+    return w.to(key.dtype), last
+
+
+def _applied(*arguments: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _Hypergradient.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
 
 
-class _HypergradientScan(torch.autograd.Function):
+class _Hypergradient(torch.autograd.Function):
+    """Keeps its inputs, every token's <d, s>, and one d every BLOCK tokens."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        s: Tensor,
+        key: Tensor,
         step: Tensor,
         aware: Tensor | None,
         log_decay: Tensor | None,
-        initial: Tensor,
+        beta: Tensor | None,
         anchor: Tensor | None,
+        initial: Tensor,
         box: Box | None,
         every: int,
         dtype: torch.dtype,
+        kind: int,
     ) -> tuple[Tensor, Tensor]:
-        from .compiled_scan import forward_hypergradient
+        from .compiled_hypergradient import forward_hypergradient
+        from .write_key_code import BLOCK
 
-        every = 0 if box is None else every
         low, high = (scalar(edge, dtype) for edge in (box or (0.0, 0.0)))
-        keys, first = s.to(dtype).contiguous(), initial.to(dtype).contiguous()
-        given = (keys, *_per_token(step, aware, log_decay, dtype), like_state(anchor, first))
+        clips = low, high, 0 if box is None else every
+        keys, first = key.to(dtype).contiguous(), initial.to(dtype).contiguous()
         B, T, H, K = keys.shape
-        inside = torch.empty((B, -(-T // every) if every else 0, H, K), dtype=torch.bool)
-        out, final = torch.empty_like(keys), torch.empty_like(first)
-        with launch("hypergradient scan", (dtype,), keys.numel()):
-            forward_hypergradient()(*arrays(*given, first), low, high, every, *arrays(out, inside, final))
-        ctx.save_for_backward(*given, out, inside)
-        ctx.every, ctx.inputs = every, inputs_of(s, step, aware, log_decay, anchor, initial)
+        eta = step.to(dtype).contiguous()
+        given = (
+            keys,
+            eta,
+            none_as_empty(aware, eta),
+            decays(log_decay, eta),
+            none_as_empty(beta, eta),
+            like_state(anchor, first),
+        )
+        blocks = -(-T // BLOCK) if any(ctx.needs_input_grad) else 0
+        met, kept = torch.empty_like(eta), first.new_empty(B, blocks, H, K)
+        y, last = fresh(keys.shape, dtype), torch.empty_like(first)
+        with launch("hypergradient", (kind, dtype), keys.numel()):
+            forward_hypergradient(kind)(*arrays(*given, first), *clips, *arrays(y, met, kept, last))
+        ctx.save_for_backward(*given, met, kept)
+        ctx.clips, ctx.kind = clips, kind
+        ctx.inputs = inputs_of(key, step, aware, log_decay, beta, anchor, initial)
         ctx.set_materialize_grads(False)
-        return out, final
+        return y, last
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        from .compiled_scan import backward_hypergradient
+    def backward(ctx: Any, dy: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
+        from .compiled_hypergradient import backward_hypergradient
 
-        *given, out, inside = ctx.saved_tensors
+        *given, met, kept = ctx.saved_tensors
         keys, anchor = given[0], given[-1]
-        upstream = torch.zeros_like(keys) if d_out is None else d_out.contiguous()
-        leaving = torch.zeros_like(anchor) if d_final is None else d_final.contiguous()
-        found = tuple(torch.empty_like(x) for x in (*given, anchor))
-        with launch("hypergradient scan's backward", (keys.dtype,), keys.numel()):
-            backward_hypergradient()(*arrays(*given), ctx.every, *arrays(out, inside, upstream, leaving, *found))
-        return (*as_inputs(found, ctx.inputs), None, None, None)
-
-
-def _per_token(step: Tensor, aware: Tensor | None, log_decay: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """step, aware and gamma, contiguous in `dtype`, [B,0,H] for none."""
-    eta = step.to(dtype).contiguous()
-    return eta, none_as_empty(aware, eta), decays(log_decay, eta)
+        upstream = torch.zeros_like(keys) if dy is None else dy.contiguous()
+        leaving = torch.zeros_like(anchor) if d_last is None else d_last.contiguous()
+        found = (fresh(keys.shape, keys.dtype), *(torch.empty_like(x) for x in (*given[1:], anchor)))
+        with launch("hypergradient's backward", (ctx.kind, keys.dtype), keys.numel()):
+            backward_hypergradient(ctx.kind)(*arrays(*given, met, kept), *ctx.clips, *arrays(upstream, leaving, *found))
+        return *as_inputs(found, ctx.inputs), None, None, None, None
 
 
 def none_as_empty(x: Tensor | None, like: Tensor) -> Tensor:
@@ -101,9 +133,5 @@ def inputs_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
 
 
 def as_inputs(gradients: tuple[Tensor, ...], dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor | None, ...]:
-    """Every gradient in its input's dtype, None where there was no input; the gradient of `initial` stands before `anchor`'s, as
-    the inputs do."""
-    *others, anchor, initial = (
-        None if dtype is None else found.to(dtype) for found, dtype in zip(gradients, dtypes, strict=True)
-    )
-    return (*others, initial, anchor)
+    """Every gradient in its input's dtype, None where there was no input."""
+    return tuple(None if dtype is None else found.to(dtype) for found, dtype in zip(gradients, dtypes, strict=True))

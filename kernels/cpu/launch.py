@@ -7,8 +7,8 @@ import functools
 import mmap
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -53,48 +53,51 @@ def scalar(number: float, dtype: torch.dtype) -> Any:
     return torch.tensor(number, dtype=dtype).numpy()[()]
 
 
-@contextmanager
-def launch(name: str, key: tuple[object, ...], work: int) -> Iterator[None]:
+def launch(name: str, key: tuple[object, ...], work: int) -> AbstractContextManager[None]:
     """Around a call of the loop `name`, compiled for `key`: torch's threads, or one where a second does not pay.
 
     Compiling takes seconds, once on a machine, since the result is kept on disk; where it does, the user is told.
     """
-    with _threads(work), _announced(name, key):
-        yield
+    return _Launch(name, key, work)
 
 
-@contextmanager
-def _threads(work: int) -> Iterator[None]:
-    import numba
+class _Launch:
+    """No generator: two of them took as long as a small loop."""
 
-    threads = torch.get_num_threads()
-    wanted = threads if work >= _WORTH_A_THREAD else 1
-    before = numba.get_num_threads()  # a number per calling thread: autograd's is another one
-    wanted = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-    if wanted != before:
-        numba.set_num_threads(wanted)
-    # Numba's first launch in a process sets OpenMP's number of threads, which is torch's as well: one core per trial would become
-    # all of them, several times as slow beside other trials, and other sums.
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        if wanted != before:
-            numba.set_num_threads(before)
+    def __init__(self, name: str, key: tuple[object, ...], work: int) -> None:
+        self._key, self._work = (name, *key), work
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> None:
+        import numba
+
+        threads = torch.get_num_threads()
+        wanted = threads if self._work >= _WORTH_A_THREAD else 1
+        self._before = numba.get_num_threads()  # a number per calling thread: autograd's is another one
+        self._wanted = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        if self._wanted != self._before:
+            numba.set_num_threads(self._wanted)
+        # Numba's first launch in a process sets OpenMP's number of threads, which is torch's as well: one core per trial would
+        # become all of them, several times as slow beside other trials, and other sums.
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if self._key not in _compiled:
+            self._timer = _announcement(*self._key)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._wanted != self._before:
+            import numba
+
+            numba.set_num_threads(self._before)
+        if self._timer is not None:
+            self._timer.cancel()
+            if kind is None:
+                _compiled.add(self._key)
 
 
-@contextmanager
-def _announced(name: str, key: tuple[object, ...]) -> Iterator[None]:
-    if (name, *key) in _compiled:
-        yield
-        return
+def _announcement(name: object, *key: object) -> threading.Timer:
     message = f"deltalab: compiling the {name} for this machine, once ({', '.join(map(str, key))}) ..."
     timer = threading.Timer(1.5, lambda: print(message, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    _compiled.add((name, *key))
+    return timer

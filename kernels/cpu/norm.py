@@ -9,10 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..precision import working_dtype
-from .launch import launch, scalar
-from .rows import DTYPES, PARTS, numbers, serves
+from .launch import launch
+from .rows import DTYPES, addresses, dtypes, serves
+from .vectors import LANES, registers
 
 __all__ = ["DTYPES", "add_rms_norm", "rms_norm", "serves", "swiglu"]
+
+_WORK = 8
+"""As `launch` counts it, for a number of a row."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None, kind: int, dtype: torch.dtype) -> Tensor:
@@ -39,9 +43,11 @@ def _forward(
 ) -> None:
     from .compiled_norm import forward_norm
 
-    rows, others, gates, sums, results = (_rows(tensor, x.shape[-1]) for tensor in (x, more, gate, total, y))
-    with launch("norm", (kind, *_dtypes(x, more, weight, gate, y)), 8 * x.numel()):
-        forward_norm(kind)(*numbers(rows, others, weight, gates), scalar(eps, weight.dtype), PARTS, *numbers(sums, results))
+    C = x.shape[-1]
+    tensors = weight, _dense(x), _dense(more), _dense(gate), total, y
+    variant = kind, *_together(C), *dtypes(*tensors)
+    with launch("norm", variant, _WORK * x.numel()):
+        forward_norm(*variant)(*addresses(*tensors), eps, x.numel() // C, C)
 
 
 def _backward(
@@ -58,23 +64,28 @@ def _backward(
     from .compiled_norm import backward_norm
 
     C = x.shape[-1]
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    dmore = None if more_dtype is None else torch.empty(x.shape, dtype=more_dtype)
-    dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype)
-    dw = weight.new_empty(PARTS, C)
-    given, taken = ([_rows(tensor, C) for tensor in tensors] for tensors in ((x, gate, dy, before), (dx, dmore, dgate)))
-    with launch("norm's backward", (kind, *_dtypes(weight, *given, *taken)), 8 * x.numel()):
-        rows, gates, d, b = numbers(*given)
-        backward_norm(kind)(rows, *numbers(weight), gates, scalar(eps, weight.dtype), d, b, *numbers(*taken, dw))
-    return dx, dmore, dgate, dw.sum(0)
+    dx, dw = x.new_empty(x.shape), weight.new_empty(C)
+    dmore = None if more_dtype is None else x.new_empty(x.shape, dtype=more_dtype)
+    dgate = None if gate is None else gate.new_empty(gate.shape)
+    tensors = weight, _dense(x), _dense(gate), _dense(dy), _dense(before), dmore, dgate, dx
+    variant = kind, *_together(C, 8 if gate is None else 4), *dtypes(*tensors)
+    with launch("norm's backward", variant, _WORK * x.numel()):
+        backward_norm(*variant)(*addresses(*tensors, dw), eps, x.numel() // C, C)
+    return dx, dmore, dgate, dw
 
 
-def _rows(tensor: Tensor | None, width: int) -> Tensor | None:
-    return None if tensor is None else tensor.reshape(-1, width)
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
-def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+def _together(width: int, most: int = 8) -> tuple[int, bool]:
+    """How many rows are worked on together, and whether in vectors of half the length, since the last one is at most half full.
+
+    Several rows share the sums across lanes, but then memory is read and written by turns instead of in one stream: rows of 64
+    or more that are not in cache take up to twice as long."""
+    if width > 2 * LANES:
+        return 1, False
+    return (most if registers() == (64, 32) else 4), 0 < width % LANES <= LANES // 2
 
 
 class _Norm(torch.autograd.Function):
@@ -82,7 +93,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gate: Tensor | None, kind: int, dtype: torch.dtype) -> Tensor:
-        y = torch.empty(x.shape if gate is None else gate.shape, dtype=dtype)
+        y = x.new_empty(x.shape if gate is None else gate.shape, dtype=dtype)
         scale = weight.to(working_dtype(x, weight))
         _forward(x, None, scale, eps, gate, kind, None, y)
         ctx.save_for_backward(x, scale, gate)
@@ -103,7 +114,7 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, more: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        total, y = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=dtype)
+        total, y = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
         scale = weight.to(working_dtype(x, weight))
         _forward(x, more, scale, eps, None, 0, total, y)
         ctx.set_materialize_grads(False)
@@ -129,10 +140,9 @@ class _SwiGLU(torch.autograd.Function):
         from .compiled_norm import forward_swiglu
 
         hidden = both.shape[-1] // 2
-        y = both.new_empty(*both.shape[:-1], hidden)
-        with launch("SwiGLU", (both.dtype,), 8 * y.numel()):
-            rows, like = numbers(both.reshape(-1, 2 * hidden), torch.empty(0, dtype=working_dtype(both)))
-            forward_swiglu()(rows, like, PARTS, *numbers(y.view(-1, hidden)))
+        plain, y = both.contiguous(), both.new_empty(*both.shape[:-1], hidden)
+        with launch("SwiGLU", (both.dtype,), _WORK * y.numel()):
+            forward_swiglu(both.dtype)(*addresses(plain, y), y.numel() // hidden, hidden)
         ctx.save_for_backward(both)
         return y
 
@@ -143,8 +153,8 @@ class _SwiGLU(torch.autograd.Function):
 
         (both,) = ctx.saved_tensors
         hidden = both.shape[-1] // 2
-        d_both = torch.empty_like(both, memory_format=torch.contiguous_format)
-        with launch("SwiGLU's backward", (both.dtype,), 8 * dy.numel()):
-            rows, like = numbers(both.reshape(-1, 2 * hidden), torch.empty(0, dtype=working_dtype(both)))
-            backward_swiglu()(rows, like, PARTS, *numbers(dy.reshape(-1, hidden), d_both.view(-1, 2 * hidden)))
+        plain, dense = both.contiguous(), dy.contiguous()
+        d_both: Tensor = both.new_empty(both.shape)
+        with launch("SwiGLU's backward", (both.dtype,), _WORK * dy.numel()):
+            backward_swiglu(both.dtype)(*addresses(plain, dense, d_both), dy.numel() // hidden, hidden)
         return d_both

@@ -41,9 +41,8 @@ _MANTISSA = {4: 23, 8: 52}
 def sources() -> int:
     """A checksum of the vector code in other files than the loops'."""
     here = Path(__file__).parent
-    return zlib.crc32(
-        b"".join((here / name).read_bytes() for name in ("vectors.py", "row_code.py", "conv_code.py", "law_code.py"))
-    )
+    names = ("vectors", "row_code", "conv_code", "law_code", "write_key_code")
+    return zlib.crc32(b"".join((here / f"{name}.py").read_bytes() for name in names))
 
 
 @functools.cache
@@ -164,22 +163,35 @@ class RowCode(Code):
         return self.builder.extract_element(x, _I32(0))
 
     def sigmoid(self, z: Value) -> Value:
-        """1 / (1 + exp(-z)), in float32 to a relative 5e-7: exp(-z) = 2^m exp(f), m whole."""
-        whole, low, high = (self.constant(x) for x in (_WHOLE[self.size], -_MOST[self.size], _MOST[self.size]))
-        t = self.minus(z)
+        """1 / (1 + exp(-z)), in float32 to a relative 5e-7."""
+        return self.divide(self.constant(1), self.add(self.constant(1), self.exp(self.minus(z))))
+
+    def exp(self, x: Value) -> Value:
+        """exp(x) = 2^m exp(f), m whole, in float32 to a relative 2e-7; beyond the exponents that are cut off as at these."""
+        low, high, log2 = self.constant(-_MOST[self.size]), self.constant(_MOST[self.size]), math.log(2)
         for bound, beyond in ((high, ">"), (low, "<")):  # in this form, what is not a number stays so
-            t = self.choose(self.builder.fcmp_ordered(beyond, t, bound), bound, t)
-        shifted = self.fma(t, self.constant(1 / math.log(2)), whole)
-        m = self.subtract(shifted, whole)
-        f = self.fma(m, self.constant(-_LOG2), t)
-        f = self.fma(m, self.constant(_LOG2 - math.log(2)), f)
-        *lower, power = (self.constant(c) for c in _exponential(self.size))
+            x = self.choose(self.builder.fcmp_ordered(beyond, x, bound), bound, x)
+        shifted = self.fma(x, self.constant(1 / log2), self.constant(_WHOLE[self.size]))
+        m = self.subtract(shifted, self.constant(_WHOLE[self.size]))
+        f = self.fma(m, self.constant(_LOG2 - log2), self.fma(m, self.constant(-_LOG2), x))
+        return self._raised(shifted, f, _exponential(self.size))
+
+    def exp2(self, x: Value) -> Value:
+        """2^x, where that is a normal number."""
+        whole = self.constant(_WHOLE[self.size])
+        shifted = self.add(x, whole)
+        coefficients = [c * math.log(2) ** i for i, c in enumerate(_exponential(self.size))]
+        return self._raised(shifted, self.subtract(x, self.subtract(shifted, whole)), coefficients)
+
+    def _raised(self, shifted: Value, f: Value, coefficients: Sequence[float]) -> Value:
+        """The polynomial of f times 2^m, `shifted` being m + _WHOLE."""
+        *lower, y = map(self.constant, coefficients)
         for c in reversed(lower):
-            power = self.fma(power, f, c)
+            y = self.fma(y, f, c)
         bits = self._integers(8 * self.size)
         exponent = self.builder.shl(self.builder.bitcast(shifted, bits), self._every(_MANTISSA[self.size], bits))
-        power = self.builder.bitcast(self.builder.add(self.builder.bitcast(power, bits), exponent), self.vector)
-        return self.divide(self.constant(1), self.add(self.constant(1), power))
+        one = self.builder.bitcast(self.constant(1), bits)
+        return self.mul(y, self.builder.bitcast(self.builder.add(exponent, one), self.vector))
 
     def row_sums(self, vectors: Sequence[Value]) -> list[Value]:
         """The sums of the lanes of each of some vectors, a lane a vector; a single one's in every lane."""

@@ -29,7 +29,8 @@ def delta_rule(
     """`reference.delta_rule` on checked inputs, computed in `dtype` (float32 or float64). o in v's dtype, the state in `dtype`.
     Where there is a beta, the write key is beta times `write_key`, which is the read key too where there is one.
 
-    Keeps for backward: its inputs, the errors [B,T,H,V] and one state [B,H,K,V] every 64 tokens, or 128 of small heads.
+    Keeps for backward: its inputs, the errors [B,T,H,V] and one state [B,H,K,V] every 64 tokens, or 128 of small heads, the
+    first of which is the initial one, where there is one.
     """
     o, state = _TokenLoop.apply(  # type: ignore[no-untyped-call]
         q, read_key, write_key, beta, v, log_decay, initial_state, scale, dtype
@@ -61,8 +62,8 @@ class _TokenLoop(torch.autograd.Function):
         decay, first = _decay(log_decay, rows), _state(initial, (B, H, keys, values), rows)
         keeps, parts = any(ctx.needs_input_grad), _parts(B * H, T * keys * values)
         key = (*_variant(K, V, erase, scaled, dtype), *([f"in {parts} parts"] if parts > 1 else []))
-        o, errors, final = fresh(v.shape, dtype), fresh((B, T, H, values), dtype), torch.empty_like(first)
-        kept = fresh((B, H, -(-T // block(keys, values)) if keeps else 0, keys, values), dtype)
+        o, errors, final = (fresh(shape, dtype) for shape in (v.shape, (B, T, H, values), (B, H, keys, values)))
+        kept = fresh((B, H, max(T - 1, 0) // block(keys, values) if keeps else 0, keys, values), dtype)
         if T:
             with launch("token loop", key, B * H * T * keys * values):
                 forward_loop((K, V), erase, scaled, parts)(
@@ -70,10 +71,12 @@ class _TokenLoop(torch.autograd.Function):
                     scalar(scale, dtype),
                     *arrays(o, errors, kept, final),
                 )
-        else:
+        elif first.numel():
             final.copy_(first)
+        else:
+            final.zero_()
         if keeps:
-            ctx.save_for_backward(rows, read, write, factor, decay, errors, kept)
+            ctx.save_for_backward(rows, read, write, factor, decay, errors, first, kept)
             ctx.scale, ctx.erase, ctx.scaled = scale, erase, scaled
             ctx.inputs = tuple(None if x is None else (x.dtype, x.shape) for x in (q, r, w, beta, v, log_decay, initial))
         ctx.set_materialize_grads(False)
@@ -84,25 +87,28 @@ class _TokenLoop(torch.autograd.Function):
     def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         from .compiled import backward_loop
 
-        rows, read, write, factor, decay, errors, kept = ctx.saved_tensors
+        rows, read, write, factor, decay, errors, first, kept = ctx.saved_tensors
         (B, T, H, K), (keys, values), V, dtype = rows.shape, kept.shape[-2:], ctx.inputs[4][1][-1], rows.dtype
         erase, scaled = ctx.erase, ctx.scaled
         upstream = errors.new_zeros(B, T, H, V) if d_o is None else d_o.to(dtype).contiguous()
         leaving = _state(d_final, (B, H, keys, values), rows)
         dq, dw, d_beta, dv, d_log = (fresh(x.shape, dtype) for x in (rows, write, factor, upstream, decay))
         dr = fresh(read.shape, dtype) if erase and not scaled else dw
-        d_initial = torch.empty_like(leaving)
+        d_initial = fresh((B, H, keys if ctx.needs_input_grad[6] else 0, values), dtype)
         if T:
             with launch("token loop's backward", _variant(K, V, erase, scaled, dtype), B * H * T * keys * values):
                 backward_loop((K, V), erase, scaled)(
-                    *arrays(rows, read, write, factor, decay, errors, kept, upstream, leaving),
+                    *arrays(rows, read, write, factor, decay, errors, first, kept, upstream, leaving),
                     scalar(ctx.scale, dtype),
                     *arrays(dq, dr, dw, d_beta, dv, d_log, d_initial),
                 )
-        else:
+        elif d_initial.numel() and leaving.numel():
             d_initial.copy_(leaving)
+        else:
+            d_initial.zero_()
         # Of the key that reads and writes, the one gradient goes to where it was given.
-        found = (dq, None if scaled else dr, dw, d_beta, dv, d_log, d_initial[..., :K, :V])
+        entering = d_initial[..., :K, :V] if ctx.needs_input_grad[6] else None
+        found = (dq, None if scaled else dr, dw, d_beta, dv, d_log, entering)
         gradients = (
             None if x is None or was is None else x.to(was[0]).view(was[1]) for x, was in zip(found, ctx.inputs, strict=True)
         )
@@ -124,10 +130,13 @@ def _parts(heads: int, work: int) -> int:
 
 
 def _state(given: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A state of `shape`, zeros beside what is given: a padded channel neither reads nor writes."""
+    """A state of `shape`, zeros beside what is given: a padded channel neither reads nor writes. [B,H,0,V] for zeros."""
+    if given is None:
+        return like.new_empty(*shape[:2], 0, shape[3])
+    if given.shape == shape:
+        return given.to(like.dtype).contiguous()
     state = like.new_zeros(shape)
-    if given is not None:
-        state[..., : given.shape[-2], : given.shape[-1]] = given
+    state[..., : given.shape[-2], : given.shape[-1]] = given
     return state
 
 

@@ -27,13 +27,13 @@ def _own_block(dq, dr, dw, q, r, w, g, a, m, G, begin, h, t0, k0, length, H: tl.
         to_row, to_boundary = channel.halves(G, g, begin, h, t0, k0, length, 1 << level, H, K, ROWS, BK)
         columns = (w * to_boundary).to(DOT)
         level_a = channel.second_against_first(a, 1 << level, ROWS).to(DOT)
-        dq += tl.dot(level_a, columns, input_precision=PRECISION) * to_row
         up = tl.dot(tl.trans(level_a), (q * to_row).to(DOT), input_precision=PRECISION)
         if ERASE:
             level_m = channel.second_against_first(m, 1 << level, ROWS).to(DOT)
             dr += tl.dot(level_m, columns, input_precision=PRECISION) * to_row
             up = tl.dot(tl.trans(level_m), (r * to_row).to(DOT), acc=up, input_precision=PRECISION)
         dw += up * to_boundary
+        dq += tl.dot(level_a, columns, input_precision=PRECISION) * to_row
     i = tl.arange(0, ROWS)
     diagonal = tl.sum(tl.where(i[:, None] == i[None, :], a, 0.0), 1)[:, None]
     return dq + diagonal * w, dr, dw + diagonal * q
@@ -77,9 +77,6 @@ def input_gradients_channel_kernel(
     dq *= tl.exp(g) * scale
     dr *= -tl.exp(g)
     dw *= tl.exp(tl.where(real, tiles.row(G, begin, h, last, k0, length, H, K, BK)[None, :] - g, 0.0))
-    q = tiles.tile(Q, begin, h, t0 + i0, k0, length, H, K, ROWS, BK).to(tl.float32)
-    r = tiles.tile(R, begin, h, t0 + i0, k0, length, H, K, ROWS, BK).to(tl.float32)
-    w = tiles.tile(W, begin, h, t0 + i0, k0, length, H, K, ROWS, BK).to(tl.float32)
     j = tl.arange(0, C)
     if i0 > 0:
         start = tiles.row(G, begin, h, t0 + i0 - 1, k0, length, H, K, BK)[None, :]
@@ -102,6 +99,9 @@ def input_gradients_channel_kernel(
             later_r = (tiles.tile(R, begin, h, t0, k0, length, H, K, C, BK).to(tl.float32) * decay).to(DOT)
             up = tl.dot(tl.trans(tiles.square(dM, pairs, 0, i0, C, C, ROWS).to(DOT)), later_r, acc=up, input_precision=PRECISION)
         dw += up * tl.exp(tl.where(real, strip_end - g, 0.0))
+    q = tiles.tile(Q, begin, h, t0 + i0, k0, length, H, K, ROWS, BK).to(tl.float32)
+    r = tiles.tile(R, begin, h, t0 + i0, k0, length, H, K, ROWS, BK).to(tl.float32)
+    w = tiles.tile(W, begin, h, t0 + i0, k0, length, H, K, ROWS, BK).to(tl.float32)
     own_a = tiles.square(dA, pairs, i0, i0, C, ROWS, ROWS).to(tl.float32)
     own_m = tiles.square(dM, pairs, i0, i0, C, ROWS, ROWS).to(tl.float32)
     dq, dr, dw = _own_block(

@@ -25,7 +25,9 @@ def pairs(q: Tensor, r: Tensor | None, w: Tensor, G: Tensor | None, scale: float
     }  # fmt: skip
     if channel:
         strips = shape.C // SUB_BLOCK
-        launch.run(pairs_channel_kernel, (shape.chunks * strips, shape.H), {**arguments, "R": SUB_BLOCK}, warps=4)
+        # With narrow 16-bit operands ptxas by itself aims lower than what it needs, and spills.
+        registers = 128 if shape.K <= 2 * SUB_BLOCK and shape.operand != torch.float32 else None
+        launch.run(pairs_channel_kernel, (shape.chunks * strips, shape.H), {**arguments, "R": SUB_BLOCK}, 4, registers)
     else:
         gate = "none" if G is None else "scalar"
         # With float32 operands ptxas by itself aims lower than what it needs, and spills.

@@ -8,7 +8,7 @@ times, shifted by a row, and the W - 1 rows before: the caches serve these, memo
     x [B,P,C], its first P - T rows the past; taps w [W,C] float32; outputs y [B,T,size], side by side in C
     a tile is [BT,heads,width]: width is a power of two, and where a head is narrower the channels beyond are masked
 """
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped,assignment,misc"
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ dz_r the gradient of row r - W + 1 is complete. Memory is read and written once,
     x, dx [B,P,C]; taps w [W,C] float32; dy [B,T,size], side by side in C; sums [B * segments,W,C], which torch adds up in order
     a row is [heads,width], in one warp where a head is at most 128 wide
 """
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped,assignment,misc"
 
 from __future__ import annotations
 

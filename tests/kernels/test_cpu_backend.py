@@ -86,6 +86,22 @@ def test_a_beta_in_the_place_of_the_write_key(widths: tuple[int, int], erase: bo
         agree(run(tensors, erase, "cpu", by_beta=True), run(tensors, erase, "reference", by_beta=True), 1e-12)
 
 
+@pytest.mark.parametrize("erase", [True, False])
+def test_states_that_nobody_gave_or_asks_for(erase: bool) -> None:
+    """Without an initial state or a gradient of the last one there is none in memory; within a block none is kept."""
+    for gate, T, initial in itertools.product(GATES, (1, 3, 130), (False, True)):
+        given, upstream = inputs(T, 19, 17, gate, initial, torch.float64), torch.arange(17.0, dtype=torch.float64)
+        results: list[list[Tensor | None]] = []
+        for backend in ("cpu", "reference"):
+            leaves = [None if x is None else x.detach().clone().requires_grad_() for x in given]
+            o, state = delta_rule(*leaves, erase=erase, backend=backend)
+            (o * upstream).sum().backward()
+            results.append([o.detach(), state.detach(), *[None if x is None else x.grad for x in leaves]])
+        for one, other in zip(*results, strict=True):
+            if one is not None and other is not None:
+                torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
 def test_a_state_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a state beyond the cache some columns at a time; the gradients of q, r, w and the decays are sums over the parts."""
     from deltalab.kernels.cpu import compiled

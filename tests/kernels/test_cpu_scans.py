@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from deltalab import Mixer, registry
 from deltalab.kernels import cpu, diagonal_scan, hypergradient_scan
+from deltalab.kernels.cpu import diagonal, hypergradient
 
 B, H = 2, 3
 Both = Callable[..., dict[str, Tensor]]
@@ -157,14 +158,16 @@ def test_the_same_bits_for_any_number_of_threads(both: Both) -> None:
 def test_the_same_bits_wherever_arrays_lie(tmp_path: Path) -> None:
     """As of the recurrence itself (test_cpu_backend.py): in a process whose memory is filled with other bytes."""
     code = (
-        "import torch; from deltalab.kernels import diagonal_scan, hypergradient_scan\n"
+        "import torch; from deltalab.kernels import diagonal_scan, hypergradient_scan, preconditioned_write_key, Squash\n"
         "generator = torch.Generator().manual_seed(0); f = lambda *s: torch.rand(*s, generator=generator)\n"
         "given = [f(4, 40, 2, 16) / 8, f(4, 40, 2), f(4, 40, 2), -f(4, 40, 2)]; up = f(4, 40, 2, 16); found = []; hold = []\n"
         "for i in range(40):\n"
         "    leaves = [x.clone().requires_grad_() for x in given]\n"
         "    d, _ = hypergradient_scan(*leaves, backend='cpu'); A, _ = diagonal_scan(leaves[0], leaves[3], backend='cpu')\n"
-        "    (d + A).backward(up)\n"
-        "    found.append([d.detach(), A.detach(), *[x.grad for x in leaves]]); hold.append(torch.empty(17 * i + 1))\n"
+        "    w, _ = preconditioned_write_key(leaves[0], torch.zeros(2), Squash(), *leaves[2:], backend='cpu')\n"
+        "    (d + A + w).backward(up)\n"
+        "    found.append([d.detach(), A.detach(), w.detach(), *[x.grad for x in leaves]])\n"
+        "    hold.append(torch.empty(17 * i + 1))\n"
         "print(all(torch.equal(a, b) for other in found for a, b in zip(found[0], other)))"
     )
     for byte in ("0", "165"):
@@ -177,13 +180,20 @@ def test_the_same_bits_wherever_arrays_lie(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("card", ["pgdn", "osdn", "osgdn"])
 def test_a_card_is_served_by_the_loops(card: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, by default, from key width 16; wide heads too, whose memory is left to the chunk form."""
+    """On a CPU, by default, from key width 16, in one pass to the write key, and a control by the scan; wide heads too, whose
+    memory is left to the chunk form."""
     called: list[str] = []
-    for name in ("diagonal_scan", "hypergradient_scan"):
-        loop = getattr(cpu, name)
-        monkeypatch.setattr(cpu, name, lambda *args, loop=loop, name=name: (called.append(name), loop(*args))[1])
+    for owner, name in (
+        (cpu, "diagonal_scan"), (cpu, "hypergradient_scan"), (diagonal, "write_key"), (hypergradient, "write_key")
+    ):  # fmt: skip
+        loop, label = getattr(owner, name), f"{owner.__name__.rpartition('.')[2]}.{name}"
+        monkeypatch.setattr(owner, name, lambda *args, loop=loop, label=label: (called.append(label), loop(*args))[1])
+    kind = "diagonal" if card == "pgdn" else "hypergradient"
     for width in (16, 128):
         Mixer(registry.load(card), width=width, heads=1, seed=0)(torch.randn(1, 3, width)).sum().backward()
-    assert called == ["diagonal_scan" if card == "pgdn" else "hypergradient_scan"] * 2
+    assert called == [f"{kind}.write_key"] * 2
+    controlled = registry.load({"card": card, "preconditioner": {"name": kind, "control": "mean"}})
+    Mixer(controlled, width=16, heads=1, seed=0)(torch.randn(1, 3, 16)).sum().backward()
+    assert called[2:] == [f"cpu.{kind}_scan"]
     Mixer(registry.load(card), width=8, heads=1, seed=0)(torch.randn(1, 3, 8))
-    assert len(called) == 2
+    assert len(called) == 3

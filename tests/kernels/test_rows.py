@@ -48,6 +48,39 @@ def test_norm_is_its_definition(compiled: bool, shape: tuple[int, ...]) -> None:
     compare(normalise.rms_norm(x, weight, EPS), definition(x, weight), (x, weight))
 
 
+@pytest.mark.parametrize("rows", [130, 300])
+@pytest.mark.parametrize("width", [5, 8, 20, 24, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_short_rows_together_and_those_left_over(compiled: bool, rows: int, width: int, dtype: torch.dtype) -> None:
+    """In each of 16 parts eight rows and at times one more, or twice eight and two or three more."""
+    x, more, weight = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype), torch.randn(width).to(dtype)
+    inputs = [t.requires_grad_() for t in (x, weight, more)]
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    upstream = torch.randn(rows, width).to(dtype)
+    coarse = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 2**-7}[dtype]
+    cases = [(2, normalise.rms_norm(x, weight, EPS), definition(*exact_inputs[:2]))]
+    if dtype != torch.bfloat16:  # a sum in bfloat16 is no exact one
+        total = exact_inputs[0] + exact_inputs[2]
+        cases.append((3, normalise.add_rms_norm(x, more, weight, EPS)[1], definition(total, exact_inputs[1])))
+    for used, found, exact in cases:
+        ours = torch.autograd.grad(found, inputs[:used], upstream)
+        theirs = torch.autograd.grad(exact, exact_inputs[:used], upstream.double())
+        for one, other in zip((found, *ours), (exact, *theirs), strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=coarse, atol=coarse * other.abs().max().item())
+
+
+def test_a_row_that_is_not_finite_leaves_those_worked_on_with_it_alone(compiled: bool) -> None:
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(160, 24)
+        x[3, 7] = bad
+        x.requires_grad_()
+        y = normalise.rms_norm(x, torch.ones(24), EPS)
+        (dx,) = torch.autograd.grad(y, x, torch.randn(160, 24))
+        others = torch.arange(160) != 3
+        assert y[others].isfinite().all() and dx[others].isfinite().all()
+        assert not y[3].isfinite().all() and not dx[3].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (3, 10), (2, 40, 300)])
 def test_swiglu_is_its_definition(compiled: bool, shape: tuple[int, ...]) -> None:
     both = numbers(*shape)
