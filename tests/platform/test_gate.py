@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -248,13 +247,7 @@ def test_the_driver_passes_one_of_each_kind_and_leaves_errors_to_the_trial(
 def loops(monkeypatch: pytest.MonkeyPatch) -> set[tuple[object, ...]]:
     """The compiled loops that are called from then on: name, and what each is compiled for."""
     seen: set[tuple[object, ...]] = set()
-
-    @contextmanager
-    def noted(name: str, key: tuple[object, ...]) -> Iterator[None]:
-        seen.add((name, *key))
-        yield
-
-    monkeypatch.setattr(sys.modules["deltalab.kernels.cpu.launch"], "_announced", noted)
+    monkeypatch.setattr(sys.modules["deltalab.kernels.cpu.launch"], "_compiled", seen)
     monkeypatch.setattr(decode, "_ready", set())  # what it has called before it calls without a word
     return seen
 

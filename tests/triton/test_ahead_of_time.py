@@ -44,9 +44,11 @@ def test_a_sample_of_all_configurations_fits():
     assert not [row for row in rows if not row["ok"]]
     for axis, values in (("dtype", set(DTYPES)), ("width", set(map(int, WIDTHS))), ("packed", {False, True})):
         assert {row[axis] for row in rows} == values
-    # Products go to the tensor cores, and with 16-bit operands to the warp-group instructions of the newer architectures.
+    # Products go to the tensor cores, and with 16-bit operands to the warp-group instructions of the newer architectures, which
+    # take 64 rows: those of a state of width 16 have fewer.
     expected = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-    products = [row for row in rows if row["kernel"] in ("states_kernel", "outputs_kernel", "pairs_scalar_kernel")]
+    names = ("states_kernel", "outputs_kernel", "pairs_scalar_kernel")
+    products = [row for row in rows if row["kernel"] in names and row["width"] >= 64]
     for row in products:
         if row["dtype"] != "float32" and row["C"] == 64:
             assert row["mma"] == expected[row["arch"]]
