@@ -28,7 +28,7 @@ from numba.extending import intrinsic
 
 from .row_code import RowCode, row_code, sources
 from .vectors import LANES, Value
-from .write_key_code import AHEAD, BLOCK, across, aligned, fetch
+from .write_key_code import AHEAD, BLOCK, across, aligned, fetch, number
 
 Compiled = Callable[..., None]
 SUMS = 2
@@ -190,7 +190,7 @@ def forward_hypergradient(squares: int) -> Compiled:
     ) -> None:  # fmt: skip
         assert version >= 0
         B, T, H, K = key.shape
-        one, P = key.dtype.type(1), -(-K // LANES) * LANES
+        P = -(-K // LANES) * LANES
         for index in prange(B * H):
             b, h = index // H, index % H
             work = aligned(2 * P, key.dtype)
@@ -205,10 +205,10 @@ def forward_hypergradient(squares: int) -> Compiled:
                 row = (b * T + t) * H + h
                 _step(  # type: ignore[call-arg]
                     key, y, seen, row, row + AHEAD * H, K, d, goal,
-                    gamma[b, t, h] if gamma.shape[1] > 0 else one,
+                    number(gamma, b, t, h),
                     step[b, t, h],
-                    aware[b, t, h] if aware.shape[1] > 0 else one,
-                    beta[b, t, h] if beta.shape[1] > 0 else one,
+                    number(aware, b, t, h),
+                    number(beta, b, t, h),
                     low if clips else -np.inf, high if clips else np.inf, squares,
                 )  # fmt: skip
             for k in range(K):
@@ -250,9 +250,9 @@ def backward_hypergradient(squares: int) -> Compiled:
                     clips, row = i > 0 and every > 0 and t % every == 0, (b * T + t) * H + h
                     _replay(  # type: ignore[call-arg]
                         key, dy, dk, seen, row, row - BLOCK * H, K, d[i * P :], P, goal,
-                        gamma[b, t, h] if gamma.shape[1] > 0 else one,
+                        number(gamma, b, t, h),
                         step[b, t, h],
-                        aware[b, t, h] if aware.shape[1] > 0 else one,
+                        number(aware, b, t, h),
                         low if clips else -np.inf, high if clips else np.inf, squares,
                     )  # fmt: skip
                 for i in range(count - 1, -1, -1):
@@ -261,10 +261,10 @@ def backward_hypergradient(squares: int) -> Compiled:
                     clips = every > 0 and ((t + 1) % every == 0 or t + 1 == T)
                     _adjoint(  # type: ignore[call-arg]
                         dy, key, dk, seen, zetas, (b * T + t) * H + h, K, d[i * P :], P, mu, goal, away, sums, i,
-                        gamma[b, t, h] if gamma.shape[1] > 0 else one,
+                        number(gamma, b, t, h),
                         step[b, t, h],
-                        aware[b, t, h] if aware.shape[1] > 0 else one,
-                        beta[b, t, h] if beta.shape[1] > 0 else one,
+                        number(aware, b, t, h),
+                        number(beta, b, t, h),
                         low if clipped else -np.inf, high if clipped else np.inf,
                         low if clips else -np.inf, high if clips else np.inf, squares,
                     )  # fmt: skip
@@ -274,7 +274,7 @@ def backward_hypergradient(squares: int) -> Compiled:
                         found[b, begin + i, h] = totals[place * BLOCK + i]
                 for i in range(count):
                     t = begin + i
-                    strength = aware[b, t, h] if aware.shape[1] > 0 else one
+                    strength = number(aware, b, t, h)
                     met = strength * seen[b, t, h]
                     d_step[b, t, h] = strength * (one - met) * zetas[i]
                     if aware.shape[1] > 0:

@@ -25,7 +25,7 @@ from ..squash import SMALLEST_CURVATURE
 from .law_code import LOG2, LOG_OF_HALVES, LawCode, law_code
 from .row_code import RowCode, row_code, sources
 from .vectors import LANES, Value
-from .write_key_code import AHEAD, BLOCK, across, aligned, fetch
+from .write_key_code import AHEAD, BLOCK, across, aligned, fetch, number
 
 Compiled = Callable[..., None]
 SOFTSIGN, TANH = 0, 1
@@ -175,7 +175,6 @@ def forward_write_key(kind: int, interval: int) -> Compiled:
     ) -> None:
         assert version >= 0
         B, T, H, K = key.shape
-        one = key.dtype.type(1)
         for index in prange(B * H):
             b, h = index // H, index % H
             A = aligned(-(-K // LANES) * LANES, key.dtype)
@@ -187,9 +186,9 @@ def forward_write_key(kind: int, interval: int) -> Compiled:
                         kept[b, t // BLOCK, h, k] = A[k]
                 _write(  # type: ignore[call-arg]
                     key, w, ((b * T + t) * H + h) * K, ((b * T + t + AHEAD) * H + h) * K, K, A,
-                    gamma[b, t, h] if gamma.shape[1] > 0 else one,
-                    gain[b, t, h] if gain.shape[1] > 0 else one,
-                    beta[b, t, h] if beta.shape[1] > 0 else one,
+                    number(gamma, b, t, h),
+                    number(gain, b, t, h),
+                    number(beta, b, t, h),
                     centre[h], log_x, p, kind, interval,
                 )  # fmt: skip
             for k in range(K):
@@ -211,7 +210,7 @@ def backward_write_key(kind: int, interval: int) -> Compiled:
     ) -> None:  # fmt: skip
         assert version >= 0
         B, T, H, K = key.shape
-        one, P = key.dtype.type(1), -(-K // LANES) * LANES
+        P = -(-K // LANES) * LANES
         for index in prange(B * H):
             b, h = index // H, index % H
             work = aligned((BLOCK + 2) * P + SUMS * BLOCK * (LANES + 1) + LANES, key.dtype)
@@ -226,8 +225,8 @@ def backward_write_key(kind: int, interval: int) -> Compiled:
                     A[k] = kept[b, n, h, k]
                 for i in range(count):
                     t = begin + i
-                    keep = gamma[b, t, h] if gamma.shape[1] > 0 else one
-                    added = gain[b, t, h] if gain.shape[1] > 0 else one
+                    keep = number(gamma, b, t, h)
+                    added = number(gain, b, t, h)
                     row = ((b * T + t) * H + h) * K
                     _replay(  # type: ignore[call-arg]
                         key, dw, dk, row, row - BLOCK * H * K, K, A[i * P :], P, keep, added
@@ -236,9 +235,9 @@ def backward_write_key(kind: int, interval: int) -> Compiled:
                     t = begin + i
                     _adjoint(  # type: ignore[call-arg]
                         dw, key, dk, ((b * T + t) * H + h) * K, K, A[i * P :], P, lam, sums, i, dc,
-                        gamma[b, t, h] if gamma.shape[1] > 0 else one,
-                        gain[b, t, h] if gain.shape[1] > 0 else one,
-                        beta[b, t, h] if beta.shape[1] > 0 else one,
+                        number(gamma, b, t, h),
+                        number(gain, b, t, h),
+                        number(beta, b, t, h),
                         centre[h], log_x, p, kind, interval,
                     )  # fmt: skip
                 across(sums, SUMS * BLOCK, totals)  # type: ignore[call-arg]

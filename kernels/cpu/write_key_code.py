@@ -43,3 +43,9 @@ def aligned(numbers: int, dtype: Any) -> Any:
     """Zeros from the beginning of a cache line on."""
     space = np.zeros(numbers + LANES, dtype)
     return space[-(space.ctypes.data // space.itemsize) % LANES :][:numbers]
+
+
+@njit(error_model="numpy")
+def number(x: Any, b: int, t: int, h: int) -> Any:
+    """A token's number of x [B,T,H], 1 where there are none [B,0,H]."""
+    return x[b, t, h] if x.shape[1] > 0 else x.dtype.type(1)
