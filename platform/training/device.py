@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-BF16_CPU_WIDTH = 256
-"""Model width from which bf16 autocast is used on a CPU that multiplies bf16 numbers. At 256 it is faster by a third on a CPU
-with AVX-512's bf16 instructions, at 64 it is slower (benchmarks/training-step.md). A rule and no timing at run time, which would
-let the machine's mood decide a trial's numbers."""
+BF16_CPU_WIDTHS = {"amx_bf16": 128, "avx512_bf16": 256}
+"""What a CPU multiplies bf16 numbers with, the fastest first, and the model width from which bf16 autocast is used there. There
+it is faster by a half with AMX, by a third with AVX-512's instructions; at half that width it gives little or costs time
+(benchmarks/training-step.md). A rule and no timing at run time, which would let the machine's mood decide a trial's numbers."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def prepare_device(threads: int, precision: str, width: int, gpu: bool = False) 
 def _bf16_pays(device: torch.device, width: int) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    supported = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return width >= BF16_CPU_WIDTH and any(asked is not None and asked() for asked in supported)
+    capabilities = torch.cpu.get_capabilities()
+    widths = (width for unit, width in BF16_CPU_WIDTHS.items() if capabilities.get(unit))
+    return width >= next(widths, math.inf)
 
 
 class PeakMemory:

@@ -374,3 +374,22 @@ def test_data_that_changed_are_not_trained_on(tmp_path: Path) -> None:
     outcome, _ = run(job)
     assert outcome.status == "failed" and outcome.error is not None
     assert outcome.error.strip().splitlines()[-1].endswith(f"found {job_of(tmp_path).config['task']['digest']} v1")
+
+
+# ------------------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "narrow", "wide"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, 127, 128),
+        ({"avx512_bf16": True, "amx_bf16": False}, 255, 256),
+        ({"architecture": "aarch64"}, 4096, None),
+    ],
+)
+def test_a_cpu_takes_bf16_where_it_pays(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], narrow: int, wide: int | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert prepare_device(1, "auto", narrow).precision == "fp32"
+    assert wide is None or prepare_device(1, "auto", wide).precision == "bf16"
