@@ -127,7 +127,7 @@ class ModelBench:
     def _compile(self, readers: Mapping[str, Reader]) -> None:
         for card, reader in readers.items():
             self.progress(f"{card}: compiling", 0, self._all)
-            reader.warm_up()
+            reader.warm_up(self.sizes.reading.batches, self._memory)
             TrainingStep(self.models[card], self.hardware, *_WARM_UP)()
 
     def _train(self, batch: int, length: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -112,11 +112,14 @@ class Reader:
                 raise OverBudget(f"decoding {tokens} tokens of {len(token)} sequences takes {foreseen:.0f} s, over {seconds:g} s")
         return self._clock() - start
 
-    def warm_up(self) -> None:
-        """Let everything be compiled that a prefix and a token run, before a budget counts."""
+    def warm_up(self, batches: Iterable[int], memory: float) -> None:
+        """Let everything be compiled that a prefix and a token of these batches run, before a budget counts: many sequences take
+        another loop than a few. Those whose states would take more than `memory` bytes are left out."""
         self.prefill(_WARM_UP)
-        self.spread(2)
-        self.decode(1)
+        for batch in batches:
+            if self.needs(_WARM_UP, batch) <= memory:
+                self.spread(batch)
+                self.decode(1)
         self.forget()
 
     def state_bytes(self) -> int:
@@ -151,7 +154,7 @@ def measure_throughput(model: LanguageModel, config: ThroughputConfig, hardware:
     found: dict[str, float] = {}
     with _evaluating(model):
         reader = Reader(model, hardware, config.piece)
-        reader.warm_up()
+        reader.warm_up(config.batches, config.memory_gb * 1e9)
         for context in sorted(set(config.contexts)):
             try:
                 found |= _at(reader, context, config)

@@ -310,3 +310,18 @@ def test_a_preset_gives_the_sizes() -> None:
 def test_mistakes(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["bench", "model", *arguments])
     assert message in str(result.exception)
+
+
+def test_no_budget_counts_what_a_batch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, known = 0.0, set[int]()
+
+    def work(module: Any, given: Any, result: Any) -> None:
+        nonlocal now
+        now += 0.01 if len(given[0]) in known else 100.0  # seconds, of which most compile what this many sequences run
+        known.add(len(given[0]))
+
+    built = model("gdn")
+    built.embedding.register_forward_hook(work)
+    monkeypatch.setattr(Reader, "_clock", lambda self: now)
+    found = measure_throughput(built, ThroughputConfig(contexts=(8,), batches=(1, 4), repeats=1, decode_tokens=4), CPU)
+    assert found["throughput/decode_tokens_per_second_ctx8_batch4"] == pytest.approx(4 / 0.01)
