@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,11 @@ def _transformers_form(function: Callable[..., Any], x: Inputs) -> Tensor:
 
 @functools.cache
 def _transformers_function() -> Callable[..., Any]:
-    from transformers.models.qwen3_next import modeling_qwen3_next as module
+    with (
+        warnings.catch_warnings()
+    ):  # flash-linear-attention, which it imports where it is installed, warns on a machine without a GPU
+        warnings.simplefilter("ignore")
+        from transformers.models.qwen3_next import modeling_qwen3_next as module
 
     # With flash-linear-attention installed the name is bound to GPU code; what it wraps is the plain PyTorch form.
     function: Callable[..., Any] = inspect.unwrap(module.torch_chunk_gated_delta_rule)

@@ -108,6 +108,15 @@ def _fault(rows: Sequence[Row], dtype: str) -> str:
     return ""
 
 
+def check_file(file: Path) -> None:
+    """Raises before the measuring what `record` would raise after it."""
+    file = file.expanduser()
+    _read(file)
+    folder = next(parent for parent in file.parents if parent.exists())
+    if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise UserError(f"--record: cannot write {str(file)!r}")
+
+
 def record(file: Path, found: Sequence[Choice], hardware: str, command: str, date: str = "") -> int:
     """Write the choices into `file`: in the place of earlier entries of the same kinds, before all others, which would hide them.
     Comments and the other entries stay as they are. Returns how many were written.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -11,13 +10,14 @@ import typer
 from rich.table import Table
 
 from .app import console
+from .json_file import JsonFile, write_json
 
 
 def engine(
     trials: Annotated[int, typer.Option(min=2, help="Trials of one step that run through Ray.")] = 40,
     arms: Annotated[int, typer.Option(min=2, max=10_000, help="Arms that are planned, written and compared.")] = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of planning and of comparing.")] = 3,
-    output: Annotated[Path | None, typer.Option("--json", help="Also write every single time to this file.")] = None,
+    output: JsonFile = None,
 ) -> None:
     """Time the study engine itself, in a data root of its own that is removed afterwards.
 
@@ -49,5 +49,4 @@ def engine(
     out.print(table)
     facts = machine(torch.device("cpu"))
     out.print("[dim]" + ", ".join(f"{key} {value}" for key, value in facts.items()) + "[/]", soft_wrap=True)
-    if output is not None:
-        output.write_text(json.dumps({"facts": facts, "figures": [figure.record() for figure in found]}, indent=1))
+    write_json(output, {"facts": facts, "figures": [figure.record() for figure in found]})

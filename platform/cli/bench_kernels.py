@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from . import bench_tables as tables
 from .app import console
 from .bench_model import _numbers
 from .devices import device_named
+from .json_file import JsonFile, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def kernels(
     record: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write which backend won, in the form of kernels/measured.yaml.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write every single time.")] = None,
+    output: JsonFile = None,
     gate: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="none, scalar or channel. Default: scalar; --family: all.", rich_help_panel=_RULE),
@@ -115,9 +115,11 @@ def kernels(
     import torch
 
     from ..bench.machine import allocate_as_a_worker, bandwidth
-    from ..bench.record import choices
+    from ..bench.record import check_file, choices
 
     _check_together(context, family, scaling)
+    if record is not None:
+        check_file(record)
     place = device_named(device)
     kind = _dtype(dtype or ("bf16" if family and place.type == "cuda" else "fp32"))
     allocator = allocate_as_a_worker()
@@ -138,8 +140,7 @@ def kernels(
         run.decoding([row.case for row in rows], _numbers("--batch", batches), floor, found)
     facts = run.facts(allocator, found)
     run.out.print("[dim]" + escape(", ".join(f"{key} {value}" for key, value in facts.items())) + "[/]", soft_wrap=True)
-    if output is not None:
-        output.write_text(json.dumps({"facts": facts, "rows": [row.record() for row in rows], **found}, indent=1))
+    write_json(output, {"facts": facts, "rows": [row.record() for row in rows], **found})
     if record is not None:
         _record(record, choices(rows, place, kind), facts, _command(context), run.out)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +17,7 @@ from rich.table import Table
 from ...errors import UserError
 from .app import Import, Registry, console, use
 from .devices import device_named
+from .json_file import JsonFile, write_json
 
 if TYPE_CHECKING:
     from ...recurrences import LanguageModel
@@ -49,7 +48,7 @@ def model(
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="Threads of torch; 0: as torch chooses.")] = 0,
-    output: Annotated[Path | None, typer.Option("--json", help="Also write every single time to this file.")] = None,
+    output: JsonFile = None,
     registry: Registry = None,
     modules: Import = None,
 ) -> None:
@@ -115,9 +114,8 @@ def model(
     }
     show(bench.cells, roofs, out)
     out.print("[dim]" + escape(", ".join(f"{key} {_said(value)}" for key, value in facts.items())) + "[/]", soft_wrap=True)
-    if output is not None:
-        record = {"facts": facts, "roofs": roofs, "complete": complete, "cells": [cell.record() for cell in bench.cells]}
-        output.write_text(json.dumps(record, indent=1))
+    cells = [cell.record() for cell in bench.cells]
+    write_json(output, {"facts": facts, "roofs": roofs, "complete": complete, "cells": cells})
     if any(cell.state != cell.formula for cell in bench.cells):
         raise typer.Exit(1)
     if not complete:

@@ -370,3 +370,14 @@ def test_help_is_not_folded_on_80_columns() -> None:
 )
 def test_mistakes(arguments: list[str], message: str) -> None:
     assert message in str(run(*arguments).exception)
+
+
+@pytest.mark.parametrize("command", [("kernels",), ("model", "gdn"), ("engine",)])
+@pytest.mark.parametrize(("file", "words"), [("gone/times.json", "there is no folder"), (".", "is a folder")])
+def test_a_file_that_cannot_be_written_is_refused_before_the_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], file: str, words: str
+) -> None:
+    monkeypatch.setattr("deltalab.platform.bench.machine.allocate_as_a_worker", None)  # what comes first, and would fail
+    result = CliRunner().invoke(app, ["bench", *command, "--json", str(tmp_path / file)])
+    assert isinstance(result.exception, UserError) and f"--json: {str(tmp_path / file)!r}" in str(result.exception)
+    assert words in str(result.exception)

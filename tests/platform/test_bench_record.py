@@ -207,6 +207,19 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write(tmp_path / "taken" / "measured.yaml", row("cpu", 1.0))
 
 
+def test_what_cannot_be_recorded_is_refused_before_the_measuring(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a: 1")
+    record.check_file(tmp_path / "new" / "deep.yaml")
+    for file, words in (
+        (tmp_path / "taken" / "measured.yaml", r"--record: cannot write '.*taken/measured.yaml'"),
+        (tmp_path / "taken", r"taken\[0\]: expected a mapping"),
+        (tmp_path, "cannot read .*Is a directory"),
+    ):
+        with pytest.raises(UserError, match=words):
+            record.check_file(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
 def test_by_the_command(tmp_path: Path) -> None:
     file = tmp_path / "measured.yaml"
     arguments = [
