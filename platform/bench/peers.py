@@ -101,9 +101,8 @@ def _transformers_form(function: Callable[..., Any], x: Inputs) -> Tensor:
 
 @functools.cache
 def _transformers_function() -> Callable[..., Any]:
-    with (
-        warnings.catch_warnings()
-    ):  # flash-linear-attention, which it imports where it is installed, warns on a machine without a GPU
+    # It imports flash-linear-attention where that is installed, which warns on a machine without a GPU.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers.models.qwen3_next import modeling_qwen3_next as module
 
