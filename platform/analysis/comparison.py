@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from ..tracking import LaunchRow, Ledger, TrialRow
 from .statistics import LEVEL, METHOD, Difference, Estimate, estimate, holm, paired_difference
 
 THROUGHPUT = "throughput/train_tokens_per_second"
+_LISTED = 4
+"""Trials that a note names."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def compare(
         for row in rows
         if row.status in ("failed", "diverged")
     )
-    return Comparison(study, chosen.id, tuple(tables), failures, tuple(chosen.config.get("notes", ())))
+    notes = (*chosen.config.get("notes", ()), *_mixed_precision(rows, names))
+    return Comparison(study, chosen.id, tuple(tables), failures, notes)
 
 
 def _launch(ledger: Ledger, study: str, launch: int | None) -> LaunchRow:
@@ -210,6 +213,24 @@ def _arm_row(
         state_bytes=_median(numbers[row.id].get("model/state_bytes") for row in rows),
         statuses={status: statuses.count(status) for status in dict.fromkeys(statuses)},
     )
+
+
+def _mixed_precision(rows: Iterable[TrialRow], names: Mapping[str, str]) -> Iterator[str]:
+    """A note for every part in which `precision: auto` became one thing here and another there, as it may on a mixed cluster."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        if row.status == "finished" and row.precision and row.config["training"].get("precision") == "auto":
+            found.setdefault(row.part, {}).setdefault(row.precision, []).append(f"{names[row.arm_hash]} seed {row.seed}")
+    for part, trials in found.items():
+        if len(trials) > 1:
+            where = f"part {part!r}: " if part else ""
+            counts = " and ".join(f"{len(trials[precision])} in {precision}" for precision in sorted(trials))
+            few = min(trials.values(), key=len)
+            listed = ", ".join(few[:_LISTED]) + (" ..." if len(few) > _LISTED else "")
+            yield (
+                f"{where}training.precision: auto goes by the machine, and trials ran {counts} ({listed}). Their settings are "
+                "not all that they differ in; set training.precision to fp32 or bf16 and run the study again"
+            )
 
 
 def _one_version(part: str, rows: Sequence[TrialRow]) -> tuple[str, int]:

@@ -33,6 +33,7 @@ def results(study: str, root: str | os.PathLike[str] | None = None, launch: int 
             "task": r.task,
             "status": r.status,
             "backend": r.backend,
+            "precision": r.precision,
             "trial": r.hash,
             **{f"config.{key}": value for key, value in _leaves(r.config).items()},
             **numbers[r.id],

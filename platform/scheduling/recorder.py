@@ -81,6 +81,7 @@ class Recorder:
             outcome.measurements,
             error=outcome.error,
             backend=outcome.context.get("backend"),
+            precision=outcome.context.get("precision"),
             units={name: measure.unit for name in outcome.measurements if (measure := measure_of(name)) is not None},
         )
 

@@ -214,6 +214,7 @@ class Ledger:
         measurements: Mapping[str, float | None],
         error: str | None = None,
         backend: str | None = None,
+        precision: str | None = None,
         *,
         units: Mapping[str, str] | None = None,
         contexts: Mapping[str, Mapping[str, Any]] | None = None,
@@ -221,11 +222,12 @@ class Ledger:
         """A trial ends with its numbers, all at once. They replace those of an earlier end.
 
         measurements: name -> value, None or NaN where there is no number. units, contexts: by the same names.
-        error: why it failed or diverged. backend: the kernel backend that served it.
+        error: why it failed or diverged. backend: the kernel backend that served it. precision: what it ran in.
         """
         _check(status, TrialEnd)
         rows = _measurement_rows(trial_id, measurements, units, contexts)
-        values: dict[str, Any] = {"status": status, "finished_at": utc_now(), "error": error, "backend": backend}
+        values: dict[str, Any] = {"status": status, "finished_at": utc_now(), "error": error}
+        values |= {"backend": backend, "precision": precision}
         if status == "finished":
             values["step"] = Trial.total_steps
         with self._writing() as session:

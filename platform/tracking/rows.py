@@ -42,6 +42,7 @@ class TrialRow(TrialPlan):
     status: TrialStatus
     error: str | None
     backend: str | None
+    precision: str | None
     started_at: datetime | None
     finished_at: datetime | None
     step: int

@@ -17,7 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from .portable import CleanJson, CleanText, Real, Utc
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest revision that this version of deltalab knows: a ledger that stands there needs no migration."""
 
 
@@ -78,6 +78,7 @@ class Trial(Base):
     status: Mapped[str]
     error: Mapped[str | None]
     backend: Mapped[str | None]
+    precision: Mapped[str | None]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
     step: Mapped[int]

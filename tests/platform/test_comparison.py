@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
         yield opened
 
 
-def plan(arm: str, seed: int, part: str = "", name: str = "", version: int = 1) -> TrialPlan:
+def plan(arm: str, seed: int, part: str = "", name: str = "", version: int = 1, precision: str = "auto") -> TrialPlan:
     """`arm` is what the arm is, `name` how the study calls it."""
     return TrialPlan(
         hash=f"{part}.{arm}.{seed}.v{version}",
@@ -39,7 +40,7 @@ def plan(arm: str, seed: int, part: str = "", name: str = "", version: int = 1) 
         task="mqar",
         task_version=version,
         dataset_digest="d" * 32,
-        config={"training": {"steps": 10}},
+        config={"training": {"steps": 10, "precision": precision}},
         total_steps=10,
     )
 
@@ -212,3 +213,27 @@ def test_a_comparison_is_data(ledger: Ledger) -> None:
     found = compare(ledger, "study")
     assert dataclasses.is_dataclass(found) and found.study == "study" and found.launch == 1
     assert json.dumps(found.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "ran", "words"),
+    [
+        ("auto", ["bf16", "bf16", "bf16"], None),
+        ("auto", ["bf16", None, "bf16"], None),  # trials of a ledger that did not keep it yet
+        ("fp32", ["bf16", "fp32", "bf16"], None),  # an axis of the study, say
+        ("auto", ["bf16", "fp32", "bf16"], r"trials ran 2 in bf16 and 1 in fp32 \(a seed 1\)\. .*set training.precision to fp32"),
+        ("auto", ["fp32", "bf16"] * 6, r"6 in bf16 and 6 in fp32 \(a seed 0, a seed 2, a seed 4, a seed 6 \.\.\.\)"),
+    ],
+)
+def test_precisions_that_the_machines_chose_differently(
+    ledger: Ledger, asked: str, ran: list[str | None], words: str | None
+) -> None:
+    plans = [plan("a", seed, precision=asked) for seed in range(len(ran))]
+    part = {"name": "", "arms": ["a"], "baseline": "a", "metric": "test/accuracy", "task": "mqar"}
+    identity = ledger.start_launch("study", "deltalab run", {"parts": [part], "notes": ["first"]}, {}, plans)
+    for row in ledger.trials("study", launch_id=identity):
+        ledger.finish_trial(row.id, "finished", {"test/accuracy": 0.5}, precision=ran[row.seed])
+    assert [row.precision for row in ledger.trials("study", launch_id=identity)] == ran
+    found = compare(ledger, "study")
+    assert found.notes[0] == "first" and len(found.notes) == (1 if words is None else 2)
+    assert words is None or re.search(words, render(found, "json"))

@@ -68,6 +68,22 @@ def test_down_to_nothing_and_up_again(ledger_url: str) -> None:
         launch(ledger)
 
 
+def test_what_an_earlier_version_wrote_is_kept(ledger_url: str) -> None:
+    with Ledger.open(ledger_url) as ledger:
+        launch(ledger)
+        ledger.finish_trial(ledger.trials("quick")[0].id, "finished", {"test/loss": 0.5}, backend="torch")
+    engine = create_engine(parse_url(ledger_url))
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE trials DROP COLUMN precision"))
+    engine.dispose()
+    set_revision(ledger_url, "0001")
+    with Ledger.open(ledger_url, create=False) as ledger:  # a reader brings it up to date as well
+        (row,) = ledger.trials("quick")
+        assert (row.backend, row.precision, ledger.measurements([row.id])[row.id]) == ("torch", None, {"test/loss": 0.5})
+        ledger.finish_trial(row.id, "finished", {}, precision="bf16")
+        assert ledger.trials("quick")[0].precision == "bf16"
+
+
 def test_a_migration_that_fails_leaves_an_empty_database(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from alembic.operations import Operations
 

@@ -89,6 +89,7 @@ def test_mlflow_holds_one_run_per_trial_under_one_parent(finished: Lab) -> None:
             "trial": row.hash,
             "status": "finished",
             "backend": row.backend,
+            "precision": row.precision,
         }
         assert {name: tags[f"deltalab.{name}"] for name in ours} == ours
         assert tags["deltalab.torch"] == torch.__version__.partition("+")[0] or tags["deltalab.torch"] == torch.__version__

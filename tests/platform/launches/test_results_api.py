@@ -25,6 +25,7 @@ def test_frame_has_a_row_per_trial(finished: Lab) -> None:
     for record in frame.to_dict("records"):
         row = rows[record["trial"]]
         assert (record["part"], record["arm"], record["seed"], record["backend"]) == (row.part, row.arm, row.seed, row.backend)
+        assert record["precision"] == row.precision == "fp32"
         assert record["config.training.lr"] == 0.003 and record["config.model.width"] == 16
         for name, value in numbers[row.part, row.arm, row.seed].items():
             assert record[name] == value
