@@ -225,8 +225,8 @@ def _mixed_precision(rows: Iterable[TrialRow], names: Mapping[str, str]) -> Iter
         if len(trials) > 1:
             where = f"part {part!r}: " if part else ""
             counts = " and ".join(f"{len(trials[precision])} in {precision}" for precision in sorted(trials))
-            few = min(trials.values(), key=len)
-            listed = ", ".join(few[:_LISTED]) + (" ..." if len(few) > _LISTED else "")
+            fewest, few = min(trials.items(), key=lambda item: len(item[1]))
+            listed = f"{fewest}: {', '.join(few[:_LISTED])}{' ...' if len(few) > _LISTED else ''}"
             yield (
                 f"{where}training.precision: auto goes by the machine, and trials ran {counts} ({listed}). Their settings are "
                 "not all that they differ in; set training.precision to fp32 or bf16 and run the study again"

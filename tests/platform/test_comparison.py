@@ -221,8 +221,12 @@ def test_a_comparison_is_data(ledger: Ledger) -> None:
         ("auto", ["bf16", "bf16", "bf16"], None),
         ("auto", ["bf16", None, "bf16"], None),  # trials of a ledger that did not keep it yet
         ("fp32", ["bf16", "fp32", "bf16"], None),  # an axis of the study, say
-        ("auto", ["bf16", "fp32", "bf16"], r"trials ran 2 in bf16 and 1 in fp32 \(a seed 1\)\. .*set training.precision to fp32"),
-        ("auto", ["fp32", "bf16"] * 6, r"6 in bf16 and 6 in fp32 \(a seed 0, a seed 2, a seed 4, a seed 6 \.\.\.\)"),
+        (
+            "auto",
+            ["bf16", "fp32", "bf16"],
+            r"trials ran 2 in bf16 and 1 in fp32 \(fp32: a seed 1\)\. .*set training.precision to fp32",
+        ),
+        ("auto", ["fp32", "bf16"] * 6, r"6 in bf16 and 6 in fp32 \(fp32: a seed 0, a seed 2, a seed 4, a seed 6 \.\.\.\)"),
     ],
 )
 def test_precisions_that_the_machines_chose_differently(
