@@ -57,6 +57,16 @@ def both(o: Tensor, last: Tensor) -> Tensor:
     return (o * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() + (last * 0.5).sum()
 
 
+def usual(function: Function, given: Given) -> Given:
+    """`run` with `both`, once for all ways: a function always comes with the same tensors."""
+    if function not in _usual:
+        _usual[function] = run(function, given, both)
+    return _usual[function]
+
+
+_usual: dict[Function, Given] = {}
+
+
 def apart(x: Tensor | None) -> Tensor | None:
     """The same numbers in another order in memory."""
     return None if x is None else x.transpose(0, -1).contiguous().transpose(0, -1)
@@ -76,7 +86,7 @@ def different(found: Given, expected: Given) -> list[str]:
 
 def views(function: Function, given: Given) -> list[str]:
     """Tensors that are not contiguous, or begin anywhere."""
-    expected = run(function, given, both)
+    expected = usual(function, given)
     ways = ({name: change(x) for name, x in given.items()} for change in (apart, behind_one))
     return [name for way in ways for name in different(run(function, way, both), expected)]
 
@@ -99,7 +109,7 @@ def one_output(function: Function, given: Given) -> list[str]:
 
 def one_gradient(function: Function, given: Given) -> list[str]:
     """Wanted by one tensor alone."""
-    expected, wrong = run(function, given, both), []
+    expected, wrong = usual(function, given), []
     for name in (name for name, x in given.items() if x is not None):
         found = run(function, given, both, {name})
         wrong += [n for n in different(found, expected) if n in ("output", "final", f"gradient of {name}")]
@@ -107,7 +117,7 @@ def one_gradient(function: Function, given: Given) -> list[str]:
 
 
 def autocast(function: Function, given: Given) -> list[str]:
-    expected = run(function, given, both)
+    expected = usual(function, given)
     with torch.autocast("cpu", torch.bfloat16):
         return different(run(function, given, both), expected)
 
@@ -142,7 +152,7 @@ def empty(function: Function, given: Given) -> list[str]:
 
 def evaluation(function: Function, given: Given) -> list[str]:
     """Without gradients, nothing is computed for them, whatever the parameters would ask for."""
-    expected, launches = run(function, given, both), []
+    expected, launches = usual(function, given), []
     kept = launch.run
 
     def listen(kernel: Any, grid: Any, arguments: dict[str, Any], *more: Any, **options: Any) -> None:

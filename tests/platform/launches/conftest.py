@@ -22,6 +22,7 @@ import yaml
 from filelock import FileLock
 
 from deltalab.platform.analysis import compare, render
+from deltalab.platform.cli.app import app
 from deltalab.platform.cli.main import main
 from deltalab.platform.config import DataRoot
 from deltalab.platform.tracking import Ledger, TrialRow
@@ -266,6 +267,8 @@ def cli(
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["deltalab", *map(str, arguments)])
+        for registered in ("registered_commands", "registered_groups"):  # a process registers them once: a hundred calls do not
+            monkeypatch.setattr(app, registered, [])
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             main()
