@@ -53,8 +53,8 @@ def _bf16_pays(device: torch.device, width: int) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     capabilities = torch.cpu.get_capabilities()
-    widths = (width for unit, width in BF16_CPU_WIDTHS.items() if capabilities.get(unit))
-    return width >= next(widths, math.inf)
+    pays_from = (least for unit, least in BF16_CPU_WIDTHS.items() if capabilities.get(unit))
+    return width >= next(pays_from, math.inf)
 
 
 class PeakMemory:

@@ -377,7 +377,8 @@ def test_mistakes(arguments: list[str], message: str) -> None:
 def test_a_file_that_cannot_be_written_is_refused_before_the_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], file: str, words: str
 ) -> None:
-    monkeypatch.setattr("deltalab.platform.bench.machine.allocate_as_a_worker", None)  # what comes first, and would fail
+    for begins in ("machine.allocate_as_a_worker", "engine.EngineBench"):  # what comes first, and would fail
+        monkeypatch.setattr(f"deltalab.platform.bench.{begins}", None)
     result = CliRunner().invoke(app, ["bench", *command, "--json", str(tmp_path / file)])
     assert isinstance(result.exception, UserError) and f"--json: {str(tmp_path / file)!r}" in str(result.exception)
     assert words in str(result.exception)

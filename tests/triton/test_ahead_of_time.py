@@ -45,10 +45,11 @@ def test_a_sample_of_all_configurations_fits():
     for axis, values in (("dtype", set(DTYPES)), ("width", set(map(int, WIDTHS))), ("packed", {False, True})):
         assert {row[axis] for row in rows} == values
     # Products go to the tensor cores, and with 16-bit operands to the warp-group instructions of the newer architectures, which
-    # take 64 rows: those of a state of width 16 have fewer.
+    # take 64 rows: those of a state of width 16 are fewer.
     expected = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     names = ("states_kernel", "outputs_kernel", "pairs_scalar_kernel")
-    products = [row for row in rows if row["kernel"] in names and row["width"] >= 64]
+    few = ("states_kernel", 16)
+    products = [row for row in rows if row["kernel"] in names and (row["kernel"], row["width"]) != few]
     for row in products:
         if row["dtype"] != "float32" and row["C"] == 64:
             assert row["mma"] == expected[row["arch"]]
