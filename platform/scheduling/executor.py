@@ -10,10 +10,13 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ...errors import UserError
 from ..config import ResourcesConfig
@@ -22,6 +25,8 @@ from .trial import Job, run_trial
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Trials exchange numbers, not tensors: the smallest store that Ray accepts comfortably."""
+EXIT_SECONDS = 15.0
+"""How long a launch's end waits for Ray's processes: they are asked to go, and on a busy machine go a moment later."""
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -49,6 +54,8 @@ def ray_cluster(resources: ResourcesConfig) -> Iterator[None]:
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     import ray
 
+    here = psutil.Process()
+    earlier = set(here.children(recursive=True))
     options: dict[str, Any] = {"address": resources.address, "log_to_driver": False, "logging_level": logging.ERROR}
     if resources.address == "local":
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
@@ -61,7 +68,25 @@ def ray_cluster(resources: ResourcesConfig) -> Iterator[None]:
         _check_fit(resources, ray.cluster_resources())
         yield
     finally:
+        # Listed before: with their parent gone, nothing says any more whose they were.
+        started = set(here.children(recursive=True)) - earlier
         ray.shutdown()
+        _wait_until_gone(started)
+
+
+def _wait_until_gone(processes: Collection[psutil.Process]) -> None:
+    """Return once none of them runs, after `EXIT_SECONDS` at the latest. (`psutil.wait_procs` would also wait for zombies,
+    for ever where a container's first process does not collect them.)"""
+    deadline = time.monotonic() + EXIT_SECONDS
+    while any(_alive(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def check_local_resources(resources: ResourcesConfig) -> None:
