@@ -4,22 +4,22 @@ B batch, H heads, G heads of q and k, K key width, V value width, D model width,
 taps of the short convolution.
 
 A token's arithmetic takes a fraction of the time of the tensor operations that it is written in: what counts is their number. So
-all of a layer is one compiled call, `Token`, with the norms, the residual and the MLP of its block or without, for the components
-of most cards; for others, the recurrence and the norm of its output are one, `step`. Both leave what they are given unchanged.
-With gradients, and elsewhere, the kernels for whole sequences compute the same.
+all of a layer is one compiled call, `Token`, for the components of most cards; all layers of a model are, with their norms,
+residuals and MLPs. For other components, the recurrence and the norm of its output are one, `step`. Both leave what they are
+given unchanged. With gradients, and elsewhere, the kernels for whole sequences compute the same.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu.decode_layer import NOTHING, Around, Layer, Weights
+from .cpu.decode_layer import NOTHING, Part, Product
 from .cpu.launch import launch
 from .precision import lowest_exponent
 
@@ -34,6 +34,9 @@ FEW = 32
 _ROWS = 16
 """Sequences that share one pass over a matrix: their inputs stay in the first-level cache."""
 _ready: set[tuple[str, torch.dtype]] = set()
+Carried = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""What a layer carries from token to token: the W-1 last inputs of its convolution [B,W-1,C] (None without one), S [B,H,K,V], and
+the multiplier's statistic, [B,H,K] or [B,H,K,K] (None without one)."""
 
 
 def serves(*tensors: Tensor | None) -> bool:
@@ -51,79 +54,81 @@ def serves(*tensors: Tensor | None) -> bool:
 
 
 class Token:
-    """One token of a layer, h = x, or of the block around it, h = norm(x):
+    """One token of a layer, h = x, or of blocks behind each other, h = norm(x) of what the block before gives:
 
         (q, k, v) = silu(sum_i w_i * u_{t-i}), u = W h          q / sqrt(|q|^2 + eps_q)      k / sqrt(|k|^2 + eps_k)
         S~ = Diag(a) S      e = v - S~^T r      S' = S~ + beta (m * k) e^T
         o = K^-1/2 S'^T q   o / sqrt(mean(o^2) + eps) * norm    y = W' o
 
     Of n substeps each has a k, v and beta of its own; a is that of the first, 1 at the others, and o is read after the last.
-    Made once for the layer's tensors, whose numbers may change, and move: where they stand is looked up at every token.
+    Made once for the layers' tensors, whose numbers may change, and move: where they stand is looked up at every token.
     """
 
-    def __init__(self, layer: Layer, weights: Weights, around: Around | None = None) -> None:
-        w, up, down, self._eps = weights, NOTHING, NOTHING, 0.0
-        norms: tuple[Tensor | None, Tensor | None] = (None, None)
-        if around is not None:
-            up, down, norms, self._eps = around.up, around.down, (around.norm, around.mlp_norm), around.eps
-        products = (w.mixed, *w.laws, w.read, w.value, w.gate, w.output, up, down, *w.later)
-        single = (w.taps, w.norm, w.centre, w.erase, w.feedback, w.gain, w.skip, w.ridge, *norms)
-        assert len(w.later) == layer.substeps - 1, "a step of its own for every substep"
-        slots = (*single, *(tensor for product in products for tensor in product))
-        self.layer, self.ends = layer, w.output is not NOTHING
-        self._tensors = [tensor for tensor in slots if tensor is not None]
-        self._shapes = [tensor.shape for tensor in self._tensors]
-        self._places = [_MOVING + i for i, tensor in enumerate(slots) if tensor is not None]
-        self._none = np.zeros(_MOVING + len(slots), np.int64)
-        self._taps = 0 if w.taps is None else w.taps.shape[0]
-        hidden = 0 if down.weight is None else down.weight.shape[1]
-        ranks = [0 if product.inner is None else product.inner.shape[0] for product in products]
-        self._plan = (*layer.sizes, hidden, int(self.ends), *layer.kinds, *ranks)
+    def __init__(self, *parts: Part) -> None:
+        self.parts, self.ends = parts, parts[-1].weights.output is not NOTHING
+        assert len(parts) == 1 or all(part.around and part.weights.output is not NOTHING for part in parts), "y is the next x"
+        slots = [_slots(part) for part in parts]
+        self._none = np.zeros((len(parts), _MOVING + max(map(len, slots))), np.int64)
+        given = [(i, _MOVING + j, one) for i, own in enumerate(slots) for j, one in enumerate(own) if one is not None]
+        self._places = [i for i, _, _ in given], [j for _, j, _ in given]
+        self._tensors = [one for _, _, one in given]
+        self._shapes = [one.shape for one in self._tensors]
         self._found: tuple[list[int], list[torch.dtype], Any] = ([], [], None)
-        self._told: dict[tuple[int, torch.dtype], tuple[Any, Any]] = {}
+        self._told: dict[tuple[torch.Size, torch.dtype], _Told] = {}
 
-    def __call__(
-        self, x: Tensor, past: Tensor | None, state: Tensor, statistic: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """x: the input [B,1,D]. past: the W-1 inputs of the convolution before this one [B,W-1,C], None without one. state: S
-        [B,H,K,V]. statistic: the multiplier's, [B,H,K] or [B,H,K,K]. All of one dtype, see `serves`.
+    def serves(self, x: Tensor, before: Sequence[Carried]) -> bool:
+        """Whether these are tensors that it takes: of its layers' shapes, and all of x's dtype."""
+        told = self._told.get((x.shape, x.dtype)) or self._tell(x.shape, x.dtype)
+        for carried, shapes in zip(before, told.carried, strict=True):
+            for one, shape in zip(carried, shapes, strict=True):
+                if one is not None and (one.dtype is not x.dtype or not one.is_cpu):
+                    return False
+                if (None if one is None else one.shape) != shape:
+                    return False
+        return True
 
-        Returns: y [B,1,D] (o [B,1,H V] without a last projection), the last W-1 inputs, S' and the multiplier's next statistic.
+    def __call__(self, x: Tensor, before: Sequence[Carried]) -> tuple[Tensor, list[Carried]]:
+        """x: the input [B,1,D]. before: what each layer carries, see `Carried`. They must be as `serves` asks.
+
+        Returns: y [B,1,D] (o [B,1,H V] without a last projection), and what each layer carries on.
         """
-        (B, H, K, V), dtype, D, layer, taps = state.shape, state.dtype, x.shape[2], self.layer, self._taps
-        assert (layer.heads, layer.key, layer.value) == (H, K, V) and x.shape[:2] == (B, 1), "one token, heads of these widths"
-        assert (past is None) == (not taps) and (past is None or past.shape == (B, taps - 1, sum(layer.widths))), "convolved"
-        remembers = layer.statistic
-        assert (None if statistic is None else statistic.shape) == (None if remembers is None else (B, *remembers)), (
-            "what a multiplier remembers"
-        )
-        y, new = x.new_empty(B, 1, D if self.ends else H * V), state.new_empty(B, H, K, V)
-        kept = None if past is None else past.new_empty(past.shape)
-        after = None if statistic is None else statistic.new_empty(statistic.shape)
-        at, _alive = self._addresses(dtype)
-        given = [None if tensor is None else _as_it_lies(tensor, dtype) for tensor in (x, past, state, statistic)]
-        made = (y, kept, new, after)
-        at[:_MOVING] = [0 if tensor is None else tensor.data_ptr() for tensor in (*given, *made)]
-        work = B * H * K * V
-        rows = min(_ROWS, -(-B // torch.get_num_threads())) if work >= _WORTH_A_THREAD else _ROWS
-        plan, numbers = self._told.get((B, dtype)) or self._tell(B, D, dtype)
-        _call("token", dtype, -(-B // rows), work, rows, plan, at, numbers)
-        return y, kept, new, after
+        told = self._told.get((x.shape, x.dtype)) or self._tell(x.shape, x.dtype)
+        at, _alive = self._addresses(x.dtype)
+        x, y = x.contiguous(), x.new_empty(told.output)
+        after: list[Carried] = []
+        moving = []
+        for carried, (past, S, statistic) in zip(before, told.carried, strict=True):
+            new = _new(x, past), x.new_empty(S), _new(x, statistic)
+            moving.append((x, *[None if one is None else one.contiguous() for one in carried], y, *new))
+            after.append(new)
+            x = y
+        at[:, :_MOVING] = [[0 if one is None else one.data_ptr() for one in row] for row in moving]
+        rows = min(_ROWS, -(-len(x) // torch.get_num_threads())) if told.work >= _WORTH_A_THREAD else _ROWS
+        _call("token", x.dtype, -(-len(x) // rows), told.work, rows, told.plans, at, told.numbers)
+        return y, after
 
-    def _tell(self, B: int, D: int, dtype: torch.dtype) -> tuple[Any, Any]:
-        """Sizes and kinds, and numbers, for a batch of B."""
-        first, rest, scale = self.layer.numbers[:5], self.layer.numbers[5:], self.layer.key**-0.5
-        plan = _integers(B, max(self._taps, 1), D, *self._plan)
-        self._told[B, dtype] = plan, _numbers(dtype, scale, lowest_exponent(dtype), *first, self._eps, *rest)
-        return self._told[B, dtype]
+    def _tell(self, shape: torch.Size, dtype: torch.dtype) -> _Told:
+        (B, one, D), layer = shape, self.parts[0].layer
+        assert one == 1, "one token"
+        plans, numbers = [_plan(part, B, D) for part in self.parts], [_own_numbers(part, dtype) for part in self.parts]
+        longest = max(map(len, plans))
+        told = self._told[shape, dtype] = _Told(
+            [_carried(part, B) for part in self.parts],
+            torch.Size((B, 1, D if self.ends else layer.heads * layer.value)),
+            max(B * part.layer.heads * part.layer.key * part.layer.value for part in self.parts),
+            np.array([(*plan, *(0,) * (longest - len(plan))) for plan in plans]),
+            np.stack(numbers),
+        )
+        return told
 
     def _addresses(self, dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
-        """Where the layer's tensors stand (0: there is none), and the copies of what is not contiguous or of another dtype, which
+        """Where the layers' tensors stand (0: there is none), and the copies of what is not contiguous or of another dtype, which
         have to live until the loop has run."""
         tensors, copies = self._tensors, []
-        where, dtypes = [tensor.data_ptr() for tensor in tensors], [dtype, *(tensor.dtype for tensor in tensors)]
-        if self._found[:2] != (where, dtypes) or not all(tensor.is_contiguous() for tensor in tensors):
+        where, dtypes = [tensor.data_ptr() for tensor in tensors], [dtype, *[tensor.dtype for tensor in tensors]]
+        if self._found[:2] != (where, dtypes) or not all(map(Tensor.is_contiguous, tensors)):
             assert [tensor.shape for tensor in tensors] == self._shapes, "numbers change, and where they stand, but no sizes"
+            assert all(tensor.is_cpu for tensor in tensors), "on the device of x"
             for i, tensor in enumerate(tensors):
                 if tensor.dtype != dtype or not tensor.is_contiguous():
                     copies.append(tensor.to(dtype).contiguous())
@@ -134,6 +139,54 @@ class Token:
                 return at, copies
             self._found = where, dtypes, at
         return self._found[2].copy(), copies
+
+
+class _Told(NamedTuple):
+    """What is known once the input's shape and dtype are."""
+
+    carried: list[tuple[torch.Size | None, torch.Size, torch.Size | None]]
+    """Shapes of what each layer carries."""
+    output: torch.Size
+    work: int
+    plans: Any
+    """A row per layer, as `numbers`: see cpu/decode_places.py."""
+    numbers: Any
+
+
+def _products(part: Part) -> tuple[Product, ...]:
+    w, around = part.weights, part.around
+    up, down = (NOTHING, NOTHING) if around is None else (around.up, around.down)
+    assert len(w.later) == part.layer.substeps - 1, "a step of its own for every substep"
+    return (w.mixed, *w.laws, w.read, w.value, w.gate, w.output, up, down, *w.later)
+
+
+def _slots(part: Part) -> list[Tensor | None]:
+    """A layer's tensors in the order of their places."""
+    w, around = part.weights, part.around
+    norms = (None, None, None) if around is None else (around.norm, around.mlp_norm, around.next_norm)
+    single = (w.taps, w.norm, w.centre, w.erase, w.feedback, w.gain, w.skip, w.ridge, *norms)
+    return [*single, *(tensor for product in _products(part) for tensor in product)]
+
+
+def _plan(part: Part, B: int, D: int) -> tuple[int, ...]:
+    layer, w, products = part.layer, part.weights, _products(part)
+    down = NOTHING if part.around is None else part.around.down
+    hidden, taps = 0 if down.weight is None else down.weight.shape[1], 1 if w.taps is None else w.taps.shape[0]
+    ranks = [0 if product.inner is None else product.inner.shape[0] for product in products]
+    return (B, taps, D, *layer.sizes, hidden, int(w.output is not NOTHING), *layer.kinds, *ranks)
+
+
+def _own_numbers(part: Part, dtype: torch.dtype) -> Any:
+    first, rest = part.layer.numbers[:5], part.layer.numbers[5:]
+    eps = (0.0, 0.0) if part.around is None else (part.around.eps, part.around.next_eps)
+    return _numbers(dtype, part.layer.key**-0.5, lowest_exponent(dtype), *first, *eps, *rest)
+
+
+def _carried(part: Part, B: int) -> tuple[torch.Size | None, torch.Size, torch.Size | None]:
+    layer, taps = part.layer, part.weights.taps
+    past = None if taps is None else torch.Size((B, taps.shape[0] - 1, sum(layer.widths)))
+    statistic = None if layer.statistic is None else torch.Size((B, *layer.statistic))
+    return past, torch.Size((B, layer.heads, layer.key, layer.value)), statistic
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -201,17 +254,15 @@ def _loop(name: str) -> Callable[..., None]:
     return loop
 
 
+def _new(like: Tensor, shape: torch.Size | None) -> Tensor | None:
+    return None if shape is None else like.new_empty(shape)
+
+
 def _as_it_lies(tensor: Tensor | None, dtype: torch.dtype) -> Any:
     """Contiguous in `dtype`, without its history."""
     if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous() and not tensor.requires_grad):
         return tensor
     return tensor.detach().to(dtype).contiguous()
-
-
-@functools.lru_cache(maxsize=256)
-def _integers(*numbers: int) -> Any:
-    """Sizes and kinds as a loop takes them."""
-    return np.array(numbers)
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.cpu.decode_layer import NOTHING, Around, Law, Layer, Multiplier, Product, Step, Weights
-from ..kernels.decode import FEW, Token
+from ..kernels.cpu.decode_layer import NOTHING, Around, Law, Layer, Multiplier, Part, Product, Step, Weights
+from ..kernels.decode import FEW, Carried, Token
 from .erase import ChannelErase, DeltaErase, NoErase, NoFeedback, ReadKeyFeedback, ScaledErase
 from .exact import Exact
 from .forgetting import ConstantForgetting, GatedForgetting, LearnedForgetting, NoForgetting, TiedForgetting, TokenForgetting
@@ -56,42 +56,76 @@ _VALUES: dict[type, Any] = {NoGain: "one", InverseNorm: "inverse_norm", LearnedG
 _ACTIVATIONS = ("none", "silu", "elu1")
 
 
-class Known:
-    """What is known of a module as long as it has the same parts: how its tokens are decoded (`layer`, None: they are not), and
-    the token made of its tensors (None: some have to be computed at every token)."""
+Watched = TypeVar("Watched", bound=nn.Module)
+Fact = TypeVar("Fact")
 
-    def __init__(
-        self,
-        module: nn.Module | None = None,
-        layer: Layer | None = None,
-        token: Token | None = None,
-        weight: Tensor | None = None,
-    ) -> None:
-        self.layer, self.token, self._module = layer, token, module
-        self._weight, self._dtype = weight, None if weight is None else weight.dtype
-        modules = [] if module is None else list(module.modules())
+
+class Known(Generic[Watched, Fact]):
+    """find(module), found anew where the module is no longer made as it was then."""
+
+    def __init__(self, find: Callable[[Watched], Fact]) -> None:
+        self._find = find
+        self._module: Watched | None = None
+
+    def __call__(self, module: Watched) -> Fact:
+        if module is not self._module or not self._holds():
+            self._module, self._fact = module, self._find(module)
+            self._watch(list(module.modules()))
+        return self._fact
+
+    def _watch(self, modules: list[nn.Module]) -> None:
         hooks = [hooks for part in modules for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        self._parts: list[dict[Any, Any]] = [parts for part in modules for parts in (part._parameters, part._modules)]
-        self._counted: list[Any] = [*hooks, *(part.__dict__ for part in modules)]
+        parts: list[dict[Any, Any]] = [parts for part in modules for parts in (part._parameters, part._modules)]
+        self._empty = [one for one in (*hooks, *parts) if not one]
+        self._parts = [one for one in parts if one]
+        self._counted: list[Any] = [*(one for one in hooks if one), *(part.__dict__ for part in modules)]
+        self._tensors = [one for part in modules for one in part._parameters.values() if one is not None]
         self._before = self._now()
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether `module` is still made of the same modules and parameters, of the dtype that `weight` had, and watched by as
-        many hooks; numbers may differ, and where they stand."""
-        (parts, counts), (were, before) = self._now(), self._before
-        same = len(parts) == len(were) and all(map(operator.is_, parts, were)) and counts == before
-        typed = self._weight is None or self._weight.dtype is self._dtype
-        return same and typed and module is self._module
+    def _holds(self) -> bool:
+        """Whether there are the same modules and parameters, of the same dtypes and watched by as many hooks; numbers may
+        differ, and where they stand."""
+        if any(self._empty):
+            return False
+        (parts, *now), (were, *before) = self._now(), self._before
+        return len(parts) == len(were) and all(map(operator.is_, parts, were)) and now == before
 
-    def _now(self) -> tuple[list[object], list[int]]:
+    def _now(self) -> tuple[list[object], list[int], list[torch.dtype]]:
         """All modules and parameters; how many hooks they have, and attributes: one more is a method put in another's place."""
-        return list(itertools.chain.from_iterable(map(dict.values, self._parts))), list(map(len, self._counted))
+        parts = list(itertools.chain.from_iterable(map(dict.values, self._parts)))
+        return parts, list(map(len, self._counted)), [tensor.dtype for tensor in self._tensors]
 
-    def __deepcopy__(self, memo: object) -> Known:
-        return Known()
+    def __deepcopy__(self, memo: object) -> Known[Watched, Fact]:
+        return Known(self._find)
 
-    def __reduce__(self) -> tuple[type[Known], tuple[()]]:
-        return Known, ()
+    def __reduce__(self) -> tuple[type[Known[Watched, Fact]], tuple[Callable[[Watched], Fact]]]:
+        return Known, (self._find,)
+
+
+class Served(NamedTuple):
+    """How a mixer's tokens are decoded (`layer`, None: they are not), and the token made of its tensors (None: some have to be
+    computed at every token)."""
+
+    layer: Layer | None
+    token: Token | None
+
+
+class Run(NamedTuple):
+    """Blocks behind each other whose token is one compiled call; `normed`: with the norm that the model ends with."""
+
+    mixers: tuple[RecurrentMixer, ...]
+    token: Token
+    normed: bool
+    dtypes: set[torch.dtype]
+    """Of the mixers' parameters."""
+
+    def serves(self, x: Tensor, before: Sequence[Carried]) -> bool:
+        """Whether it decodes x from what the layers carry."""
+        if self.dtypes != {x.dtype} or x.shape[2] != self.mixers[0].shape.width or len(x) > FEW:
+            return False
+        if any(mixer.observer is not None or not mixer.leaves_tokens for mixer in self.mixers):
+            return False
+        return self.token.serves(x, before)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -99,31 +133,49 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def known(mixer: RecurrentMixer) -> Known:
-    """What is to be known of a mixer."""
+def served(mixer: RecurrentMixer) -> Served:
+    """How this mixer's tokens are decoded."""
+    part = part_of(mixer, None)
+    return Served(layer_of(mixer), None) if part is None else Served(part.layer, Token(part))
+
+
+def part_of(mixer: RecurrentMixer, around: Around | None) -> Part | None:
+    """A mixer's part of a token; None where it has none, or some of its tensors have to be computed at every token."""
     layer = layer_of(mixer)
     weights = None if layer is None else weights_of(mixer, None)
-    return Known(mixer, layer, None if layer is None or weights is None else Token(layer, weights), mixer.in_proj.weight)
+    return None if layer is None or weights is None else Part(layer, weights, around)
 
 
-def known_within(block: nn.Module, mixer: RecurrentMixer, around: Around | None) -> Known:
-    """What is to be known of a mixer and the block around it (None: one that a compiled token does not know)."""
-    layer = None if around is None or hooked(mixer) else layer_of(mixer)
-    weights = None if layer is None else weights_of(mixer, None)
-    token = None if layer is None or weights is None else Token(layer, weights, around)
-    return Known(block, layer, token, mixer.in_proj.weight)
+def runs_of(blocks: Sequence[tuple[RecurrentMixer, Part] | None], norm: RMSNorm) -> dict[int, Run]:
+    """The longest runs of blocks with a part (None: a block has none), by the number of their first; `norm`: after the last."""
+    found: dict[int, Run] = {}
+    for has_part, members in itertools.groupby(range(len(blocks)), lambda i: blocks[i] is not None):
+        if has_part:
+            numbers = list(members)
+            mixers, parts = zip(*(block for block in map(blocks.__getitem__, numbers) if block is not None), strict=True)
+            normed = numbers[-1] == len(blocks) - 1 and plain_norm(norm)
+            if normed:
+                parts = *parts[:-1], _with_norm(parts[-1], norm)
+            found[numbers[0]] = Run(mixers, Token(*parts), normed, {mixer.in_proj.weight.dtype for mixer in mixers})
+    return found
+
+
+def _with_norm(part: Part, norm: RMSNorm) -> Part:
+    assert part.around is not None, "a block's part"
+    return part._replace(around=part.around._replace(next_norm=norm.weight, next_eps=norm.eps))
 
 
 def around_of(norm: Any, mlp_norm: Any, up: nn.Module | None = None, down: nn.Module | None = None) -> Around | None:
     """The block with these norms, and with an MLP of these projections or none; None where they are others, or watched."""
     norms = [one for one in (norm, mlp_norm) if one is not None]
-    if any(type(one) is not RMSNorm or hooked(one) or one.eps != norm.eps for one in norms):
+    if not all(plain_norm(one) and one.eps == norm.eps for one in norms):
         return None
     if up is None or down is None:
         return Around(norm.weight, norm.eps)
     if not (plain_projection(up) and plain_projection(down)):
         return None
-    return Around(norm.weight, norm.eps, mlp_norm.weight, *(Product(None, module.weight, module.bias) for module in (up, down)))
+    up_product, down_product = (Product(None, module.weight, module.bias) for module in (up, down))
+    return Around(norm.weight, norm.eps, mlp_norm.weight, up_product, down_product)
 
 
 def layer_of(mixer: RecurrentMixer) -> Layer | None:
@@ -278,6 +330,10 @@ class _Maker:
 def _one_of(own: Tensor | None, bias: Tensor | None) -> Tensor | None:
     assert own is None or bias is None, "a law has one bias"
     return bias if own is None else own
+
+
+def plain_norm(module: nn.Module) -> TypeGuard[RMSNorm]:
+    return type(module) is RMSNorm and not hooked(module)
 
 
 def plain_projection(module: nn.Module) -> TypeGuard[Projection]:

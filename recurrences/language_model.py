@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels import decode
 from ..kernels.activations import swiglu
-from ..kernels.cpu.decode_layer import Around
+from ..kernels.cpu.decode_layer import Around, Part
 from ..kernels.cross_entropy import linear_cross_entropy
 from . import decoding
 from .component import Component
 from .documents import read_by_document
 from .initialise import initialise, initialised_later
 from .layers import PROJECTION_STD, Embedding, Projection, RMSNorm
-from .mixer import Mixer, RecurrentMixer, token_of
+from .mixer import Mixer, RecurrentMixer, carried_by
 from .spec import SPECS, LayerSpec, MixerSpec, layers_of
 from .state import MixerState
 
@@ -49,7 +49,6 @@ class ModelBlock(nn.Module):
 
     def __init__(self, mixer: Mixer, width: int, mlp_hidden: int) -> None:
         super().__init__()
-        self._known = decoding.Known()
         self.mixer_norm = RMSNorm(width)
         self.mixer = mixer
         self.mlp_norm = RMSNorm(width) if mlp_hidden else None
@@ -59,8 +58,6 @@ class ModelBlock(nn.Module):
         self, x: Tensor, more: Tensor | None, state: MixerState | None
     ) -> tuple[Tensor, Tensor | None, MixerState | None]:
         """x and `more`, which is still to be added to it: a sum is taken together with the norm after it, in one pass."""
-        if state is not None and (decoded := self._token(x, more, state)) is not None:
-            return decoded
         x, normalised = self.mixer_norm.of_sum(x, more)
         if state is None:
             more = self.mixer(normalised)
@@ -71,17 +68,13 @@ class ModelBlock(nn.Module):
             more = self.mlp(normalised)
         return x, more, state
 
-    def _token(self, x: Tensor, more: Tensor | None, state: MixerState) -> tuple[Tensor, None, MixerState] | None:
-        """`forward` for one token, in one compiled call; None where none serves it."""
-        mixer = self.mixer
-        if type(mixer) is not RecurrentMixer or mixer.observer or len(x) > decode.FEW or not mixer.decodes(x, state):
+    def part(self) -> tuple[RecurrentMixer, Part] | None:
+        """This block in a compiled token; None where it has no place there, or is watched."""
+        mixer, around = self.mixer, self._around()
+        if around is None or type(self) is not ModelBlock or type(mixer) is not RecurrentMixer:
             return None
-        if not self._known.holds(self):
-            self._known = decoding.known_within(self, mixer, self._around())
-        if self._known.token is None:
-            return None
-        y, state = token_of(self._known.token, x if more is None else x + more, state)
-        return y, None, state
+        part = None if decoding.hooked(self) or decoding.hooked(mixer) else decoding.part_of(mixer, around)
+        return None if part is None else (mixer, part)
 
     def _around(self) -> Around | None:
         """What a compiled token is told of norms and MLP; None where they are others than these, or watched."""
@@ -110,6 +103,10 @@ def mlp_width(width: int, ratio: float, hidden: int) -> int:
     if ratio and not round(ratio * width):
         raise UserError(f"mlp_ratio: {ratio:g} times the width {width} is no hidden width of at least 1; 0: no MLP")
     return hidden or round(ratio * width)
+
+
+def _runs(model: LanguageModel) -> dict[int, decoding.Run]:
+    return decoding.runs_of([cast(ModelBlock, block).part() for block in model.blocks], model.norm)
 
 
 class LanguageModel(nn.Module):
@@ -158,6 +155,7 @@ class LanguageModel(nn.Module):
         self.embedding = Embedding(vocab, width)
         self.blocks = nn.ModuleList(ModelBlock(mixer, width, hidden) for mixer in mixers)
         self.norm = RMSNorm(width)
+        self._runs = decoding.Known(_runs)
         self.head = None if tied else Projection(width, vocab)
         for module in self.modules():
             # A projection whose own standard deviation is part of its component's definition keeps it.
@@ -188,12 +186,30 @@ class LanguageModel(nn.Module):
             assert state is None, "documents begin with an empty state"
             return read_by_document(lambda rows: self.hidden(rows)[0], tokens, starts), []
         x, more = self.embedding(tokens), None
+        if state is not None and tokens.shape[1] == 1 and decode.serves(x):
+            return self._one_token(x, state)
         new: LanguageModelState = []
         for i, block in enumerate(self.blocks):
             x, more, carried = block(x, more, None if state is None else state[i])
             if carried is not None:
                 new.append(carried)
         return self.norm.of_sum(x, more)[1], new
+
+    def _one_token(self, x: Tensor, state: LanguageModelState) -> tuple[Tensor, LanguageModelState]:
+        """`hidden` of a token x [B,1,D]: each run of blocks that a compiled token serves in one call, the others one by one."""
+        runs, blocks, new = self._runs(self), self.blocks, LanguageModelState()
+        more, normed = None, False
+        while (i := len(new)) < len(blocks):
+            run = runs.get(i)
+            before = [] if run is None else list(map(carried_by, state[i : i + len(run.mixers)]))
+            if run is not None and run.serves(x, before):
+                x, after = run.token(x if more is None else x + more, before)
+                more, normed = None, run.normed
+                new += [MixerState(*carried) for carried in after]
+            else:
+                x, more, carried = blocks[i](x, more, state[i])
+                new.append(carried)
+        return x if normed else self.norm.of_sum(x, more)[1], new
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [...,D] -> logits [...,N]."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..kernels import HALF_PRECISION, decode, delta_rule, resolve_backend
-from ..kernels.cpu.decode_layer import Layer
+from ..kernels.cpu.decode_layer import Layer, Part
 from ..kernels.precision import product_dtype
 from ..strict import build, plain
 from . import decoding
@@ -173,7 +173,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         self.norm = RMSNorm(shape.value) if self.block.output_norm else None
         self.gate_proj = output_gate(width, self.block.output_gate_rank, heads * shape.value, self.block.output_gate)
         self.out_proj = Projection(heads * shape.value, width)
-        self._known = decoding.Known()
+        self._served = decoding.Known(decoding.served)
         initialise(self, seed)
 
     def initial_state(self, batch: int) -> MixerState:
@@ -202,10 +202,9 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
 
     def forward(self, x: Tensor, state: MixerState | None = None) -> Any:
         n, before = self.spec.substeps, MixerState() if state is None else state
-        single = state is not None and self.decodes(x, before)
-        if single and (layer := self.compiled()) is not None:
-            return self._token(x, before, layer)
-        single = single and n == 1  # `decode.step` takes one
+        if state is not None and (decoded := self._token(x, before)) is not None:
+            return decoded
+        single = n == 1 and self._is_step(x, before)
         q, raw_key, k, v, conv = self._project(x, before.conv)
         each = x.repeat_interleave(n, dim=1) if n > 1 else x
         gate = self.gate(x)
@@ -224,10 +223,10 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         if single and before.memory is not None:
             norm = None if self.skip is not None else self.norm
             gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-            o, memory = decode.step(query, read_key, write, value, log_decay, before.memory, gain=gain, eps=eps)
+            o, after = decode.step(query, read_key, write, value, log_decay, before.memory, gain=gain, eps=eps)
         else:
             norm = None
-            o, memory = delta_rule(
+            o, after = delta_rule(
                 query,
                 read_key,
                 None if beta is not None else write,
@@ -243,32 +242,46 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         if state is None:
             return y
         position = None if before.position is None else before.position + x.shape[1]
-        return y, MixerState(conv, memory, statistic, position)
+        return y, MixerState(conv, after, statistic, position)
 
-    def decodes(self, x: Tensor, before: MixerState) -> bool:
-        """Whether this call is one token that the compiled loops of `decode` serve."""
-        if before.memory is None or self.backend not in ("auto", "cpu"):
-            return False
-        one = x.shape == (len(before.memory), 1, self.shape.width)  # what does not fit, the general way says
-        small = self.backend == "auto" and min(self.shape.key, self.shape.value) < decode.SMALLEST
-        return one and not small and decode.serves(x, before.memory, self.in_proj.weight, before.conv)
+    @property
+    def leaves_tokens(self) -> bool:
+        """Whether its backend leaves single tokens to the compiled loops of `decode`."""
+        small = min(self.shape.key, self.shape.value) < decode.SMALLEST
+        return self.backend == "cpu" or (self.backend == "auto" and not small)
 
     def compiled(self) -> Layer | None:
         """What a compiled token is told, where all of a token is one call; None where it is not, because of the components or of
         somebody who watches them."""
-        if not self._known.holds(self):
-            self._known = decoding.known(self)
-        return self._known.layer if self.observer is None else None
+        return self._served(self).layer if self.observer is None else None
 
-    def _token(self, x: Tensor, before: MixerState, layer: Layer) -> tuple[Tensor, MixerState]:
-        """`forward` for one token, in one call but for the products that torch takes."""
-        token = self._known.token if len(x) <= decode.FEW else None
-        if token is None:
+    def _is_token(self, x: Tensor, *carried: Tensor | None) -> bool:
+        """Whether x is one token that `decode` may have, with these tensors."""
+        one = self.leaves_tokens and x.shape[1:] == (1, self.shape.width)
+        return one and decode.serves(x, self.in_proj.weight, *carried)
+
+    def _is_step(self, x: Tensor, before: MixerState) -> bool:
+        """Whether `decode.step` takes this token. (What does not fit, the general way says.)"""
+        shape = (*x.shape[:1], self.shape.heads, self.shape.key, self.shape.value)
+        fits = before.memory is not None and before.memory.shape == shape
+        return fits and self._is_token(x, before.memory, before.conv)
+
+    def _token(self, x: Tensor, before: MixerState) -> tuple[Tensor, MixerState] | None:
+        """`forward` for one token, in one call but for the products that torch takes; None where none serves it."""
+        if not self._is_token(x) or self.observer is not None:
+            return None
+        layer, token = self._served(self)
+        if layer is None:
+            return None
+        if token is None or len(x) > decode.FEW:
             weights = decoding.weights_of(self, x)
             assert weights is not None, "of an x"
-            token = decode.Token(layer, weights)
-        y, state = token_of(token, x, before)
-        return y if token.ends else self.out_proj(y), state
+            token = decode.Token(Part(layer, weights))
+        carried = [carried_by(before)]
+        if not token.serves(x, carried):
+            return None
+        y, [after] = token(x, carried)
+        return y if token.ends else self.out_proj(y), MixerState(*after)
 
     def _project(self, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """x -> q [B,T,H,K], the key [B,Tn,H,K] as it came (where a value gain asks for it) and normalised, v [B,Tn,H,V]: in
@@ -351,11 +364,9 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         return y
 
 
-def token_of(token: decode.Token, x: Tensor, before: MixerState) -> tuple[Tensor, MixerState]:
-    """A compiled token, from one state to the next."""
-    assert before.memory is not None, "`decodes`"
-    y, *carried = token(x, before.conv, before.memory, before.statistic)
-    return y, MixerState(*carried)
+def carried_by(state: MixerState) -> decode.Carried:
+    """What a compiled token takes of a state."""
+    return state.conv, state.memory, state.statistic
 
 
 def at_first(t: Tensor, n: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""One decoded token, compiled by Numba: a layer, with the block around it or without (`token`), or the recurrence (`step`).
+"""One decoded token, compiled by Numba: layers with the blocks around them, or one without (`token`), or the recurrence (`step`).
 
 What they are made of, and the layout of their arguments: decode_parts.py. Each loop comes serial and over threads: at batch 1 a
 parallel launch would cost as much as its work. Compiled once for all sizes.
@@ -170,7 +170,7 @@ def _layer(h: Any, first: int, plan: Any, at: Any, numbers: Any) -> Any:
 
 @part
 def _rows(first: int, n: int, plan: Any, at: Any, numbers: Any) -> None:
-    """n sequences from `first` on."""
+    """n sequences from `first` on, through one layer. (A layer's output may stand where its input does.)"""
     D, F = plan[place.WIDTH], plan[place.HIDDEN]
     width = D if plan[place.OUTPUTS] > 0 else plan[place.HEADS] * plan[place.VALUE]
     x, out = rows_at(at[place.INPUT], first, n, D, numbers), rows_at(at[place.OUT], first, n, width, numbers)
@@ -187,18 +187,28 @@ def _rows(first: int, n: int, plan: Any, at: Any, numbers: Any) -> None:
             hidden[i] = both[i, F:]
             gate(SILU, hidden, i * F, both, 2 * i * F, F)
         out += projected(place.DOWN, hidden, first, D, plan, at, numbers)
+    if at[place.NEXT_NORM] != 0:
+        normalised(out, rows_at(at[place.NEXT_NORM], 0, 1, D, numbers), numbers[place.EPS_NEXT], out)
+
+
+@part
+def _layers(first: int, n: int, plans: Any, ats: Any, numbers: Any) -> None:
+    """n sequences from `first` on, through one layer after the other."""
+    for i in range(plans.shape[0]):
+        _rows(first, n, plans[i], ats[i], numbers[i])
 
 
 @functools.cache
 def token() -> Compiled:
-    """All of a token of a layer, as decode.py describes it, a group of ROWS sequences at a time."""
+    """All of a token, as decode.py describes it, `rows` sequences at a time; a row of `plans`, `ats` and `numbers` per layer."""
     version = checksum()
 
     @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
-    def token(rows: int, plan: Any, at: Any, numbers: Any) -> None:
+    def token(rows: int, plans: Any, ats: Any, numbers: Any) -> None:
         assert version >= 0
-        for first in range(0, plan[place.BATCH], rows):
-            _rows(first, min(rows, plan[place.BATCH] - first), plan, at, numbers)
+        batch = plans[0, place.BATCH]
+        for first in range(0, batch, rows):
+            _layers(first, min(rows, batch - first), plans, ats, numbers)
 
     return token
 
@@ -209,11 +219,12 @@ def token_threaded() -> Compiled:
     version = checksum()
 
     @njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)
-    def token_threaded(rows: int, plan: Any, at: Any, numbers: Any) -> None:
+    def token_threaded(rows: int, plans: Any, ats: Any, numbers: Any) -> None:
         assert version >= 0
-        for group in prange(-(-plan[place.BATCH] // rows)):
+        batch = plans[0, place.BATCH]
+        for group in prange(-(-batch // rows)):
             first = group * rows
-            _rows(first, min(rows, plan[place.BATCH] - first), plan, at, numbers)
+            _layers(first, min(rows, batch - first), plans, ats, numbers)
 
     return token_threaded
 

@@ -203,10 +203,21 @@ class Weights(NamedTuple):
 
 class Around(NamedTuple):
     """The block around a layer: y = x + layer(norm(x)), then y + down(silu(g) u), [g, u] = up norm'(y), where `mlp_norm` is no
-    None. norm, mlp_norm [D]; eps: of both; up R = 2 F, down R = D."""
+    None, then the norm that a model ends with, where `next_norm` is none either. Norms [D]; eps: of the first two; up R = 2 F,
+    down R = D."""
 
     norm: Tensor
     eps: float
     mlp_norm: Tensor | None = None
     up: Product = NOTHING
     down: Product = NOTHING
+    next_norm: Tensor | None = None
+    next_eps: float = 0.0
+
+
+class Part(NamedTuple):
+    """A layer with its tensors, and the block around it, or none."""
+
+    layer: Layer
+    weights: Weights
+    around: Around | None = None

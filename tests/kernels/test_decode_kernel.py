@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltalab import Mixer, registry
 from deltalab.kernels import decode, reference
-from deltalab.kernels.cpu.decode_layer import NOTHING, Around, Law, Layer, Multiplier, Product, Step, Weights
+from deltalab.kernels.cpu.decode_layer import NOTHING, Around, Law, Layer, Multiplier, Part, Product, Step, Weights
 
 B, H, K, V, W, D = 2, 3, 5, 7, 4, 11
 C = H * (2 * K + V)
@@ -28,6 +28,18 @@ def draw(*shape: int) -> Tensor:
 
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def token(layer: Layer, weights: Weights, around: Around | None = None) -> Any:
+    """(x, past, state, statistic) -> (y, what of each is next), of one layer."""
+    made = decode.Token(Part(layer, weights, around))
+
+    def one(x: Tensor, *before: Any) -> tuple[Any, ...]:
+        assert made.serves(x, [before])
+        y, [after] = made(x, [before])
+        return y, *after
+
+    return one
 
 
 def norm(o: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -154,7 +166,7 @@ def test_a_token_is_its_equation(gate: str, kind: str) -> None:
         before = [tensor.clone() for tensor in given]
         weights = Weights(mixed, w, (product, stepping, *p.laws), norm=gain, centre=p.centre)
         with torch.no_grad():
-            o, kept, state, after = decode.Token(layer, weights)(x, past, S, p.statistic)
+            o, kept, state, after = token(layer, weights)(x, past, S, p.statistic)
         if gate.endswith("channel"):
             log_decay = log_decay.view(B, 1, H, K)
         write, query = beta[..., None] * (p.m if side != "query" else 1.0) * k, (p.m if side != "write" else 1.0) * q
@@ -181,9 +193,7 @@ def test_substeps_are_their_equation(n: int, gate: str) -> None:
         layer = Layer(H, K, V, law, Step("plain", step), eps_q=None, eps_k=None, activation=("none", "none"), substeps=n)
         later = tuple(product for _, product, _ in rest)
         with torch.no_grad():
-            o, _, state, _ = decode.Token(layer, Weights(mixed, laws=(product, first, NOTHING, NOTHING), later=later))(
-                x, None, S, None
-            )
+            o, _, state, _ = token(layer, Weights(mixed, laws=(product, first, NOTHING, NOTHING), later=later))(x, None, S, None)
         q, k, v = u.split([H * K, n * H * K, n * H * V], dim=-1)
         k, v = k.view(B, n, H, K), v.view(B, n, H, V)
         betas = torch.cat([beta, *(one for _, _, one in rest)], dim=1)
@@ -214,7 +224,7 @@ def test_a_matrix_is_the_definitions(kind: Any, width: int) -> None:
         weights = Weights(mixed, laws=(NOTHING, stepping, forgetting, gaining), ridge=ridge)
         before = A.clone()
         with torch.no_grad():
-            o, _, state, after = decode.Token(layer, weights)(x, None, S, A)
+            o, _, state, after = token(layer, weights)(x, None, S, A)
         q, k, v = (part.view(B, 1, H, -1) for part in u.split([H * width, H * width, H * V], dim=-1))
         write = k
         if kind == "gram":
@@ -240,8 +250,8 @@ def test_what_is_not_contiguous_or_not_of_the_states_dtype() -> None:
         assert not other.is_contiguous()
         return other
 
-    def told(mixed: Tensor, w: Tensor, product: Product) -> decode.Token:
-        return decode.Token(layer, Weights(Product(weight=mixed), w, (product, NOTHING, NOTHING, NOTHING)))
+    def told(mixed: Tensor, w: Tensor, product: Product) -> Any:
+        return token(layer, Weights(Product(weight=mixed), w, (product, NOTHING, NOTHING, NOTHING)))
 
     with torch.no_grad():
         expected = told(mixed, w, product)(x, past, S, A.clone())
@@ -278,7 +288,7 @@ def test_products_and_the_block(sequences: int, dtype: torch.dtype) -> None:
     around = Around(norms[0], 1e-3, norms[1], Product(weight=up, bias=biases[2]), Product(weight=last, bias=biases[3]))
     S = torch.zeros(sequences, heads, 1, V, dtype=dtype)
     with torch.no_grad():
-        found, kept, _, _ = decode.Token(layer, weights, around)(x, None, S, None)
+        found, kept, _, _ = token(layer, weights, around)(x, None, S, None)
     assert kept is None
     x, mixed, down, gate, output, up, last = (t.double() for t in (x, mixed, down, gate, output, up, last))
     biases, norms = [b.double() for b in biases], [n.double() for n in norms]
