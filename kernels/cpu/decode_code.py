@@ -38,15 +38,18 @@ def checksum() -> int:
 
 
 @_code
-def tile(typing: Any, rows: Any, x: Any, w: Any, left: Any, K: Any, y: Any, R: Any, sums: Any) -> Any:
-    """The products of `rows` rows of x [.,K] with the first lanes / rows rows of w [.,K], into the first columns of y [.,R]; or
-    into sums [lanes], where w has but `left` rows, fewer than that."""
+def tile(typing: Any, rows: Any, x: Any, i: Any, w: Any, j: Any, left: Any, K: Any, y: Any, R: Any, sums: Any) -> Any:
+    """The products of `rows` rows of x [.,K] from row i on with lanes / rows rows of w [.,K] from row j on, into y [.,R] there;
+    or into sums [lanes], where w has but `left` rows, fewer than that. (Slices would count references, atomically.)"""
 
-    def body(code: RowCode, rows: int, x: Value, w: Value, left: Value, K: Value, y: Value, R: Value, sums: Value) -> None:
+    def body(
+        code: RowCode, rows: int, x: Value, i: Value, w: Value, j: Value, left: Value, K: Value, y: Value, R: Value, sums: Value
+    ) -> None:
         columns, builder = code.lanes // rows, code.builder
-        ours = [code.at(x, code.times(K, i)) for i in range(rows)]
-        inside = [builder.icmp_signed("<", code.index(j), left) for j in range(columns)]
-        theirs = [builder.select(one, code.at(w, code.times(K, j)), w) for j, one in enumerate(inside)]
+        x, w, y = code.at(x, code.times(K, i)), code.at(w, code.times(K, j)), code.at(y, code.times(R, i), j)
+        ours = [code.at(x, code.times(K, row)) for row in range(rows)]
+        inside = [builder.icmp_signed("<", code.index(row), left) for row in range(columns)]
+        theirs = [builder.select(one, code.at(w, code.times(K, row)), w) for row, one in enumerate(inside)]
         together = columns if rows > 1 else columns // 2  # more pointers than that would not stay in registers
         found: list[Value] = []
         for first in range(0, columns, together):
@@ -61,12 +64,12 @@ def tile(typing: Any, rows: Any, x: Any, w: Any, left: Any, K: Any, y: Any, R: A
         (result,) = code.sums(found)
         with builder.if_else(inside[-1]) as (whole, cut):
             with whole:
-                for i, some in enumerate(code.cut(result, rows)):
-                    code.store(some, y, code.times(R, i))
+                for row, some in enumerate(code.cut(result, rows)):
+                    code.store(some, y, code.times(R, row))
             with cut:
                 code.store(result, sums)
 
-    return row_code(body, x.dtype, rows, x, w, left, K, y, R, sums)
+    return row_code(body, x.dtype, rows, x, i, w, j, left, K, y, R, sums)
 
 
 @_code

@@ -27,7 +27,7 @@ def times(P: Any, x: Any, y: Any) -> None:
     sums = np.empty(lanes + GAP, P.dtype)
     for j in range(0, K, lanes):
         left = min(lanes, K - j)
-        tile(1, x, P[j:], left, K, y[j:], K, sums)
+        tile(1, x, 0, P, j, left, K, y, K, sums)
         if left < lanes:
             for i in range(left):
                 y[j + i] = sums[i]

@@ -77,11 +77,11 @@ def product(x: Any, w: Any, y: Any) -> None:
             left = min(columns, R - j)
             for k in range(i, end, rows):
                 if rows == 4:
-                    tile(4, x[k:], w[j:], left, K, y[k:, j:], R, sums)
+                    tile(4, x, k, w, j, left, K, y, R, sums)
                 elif rows == 2:
-                    tile(2, x[k:], w[j:], left, K, y[k:, j:], R, sums)
+                    tile(2, x, k, w, j, left, K, y, R, sums)
                 else:
-                    tile(1, x[k:], w[j:], left, K, y[k:, j:], R, sums)
+                    tile(1, x, k, w, j, left, K, y, R, sums)
                 if left < columns:
                     for p in range(rows):
                         for q in range(left):

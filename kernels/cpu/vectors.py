@@ -214,7 +214,7 @@ class Code:
             group, distance = list(vectors[first : first + self.lanes]), self.lanes // 2
             while distance:
                 half = len(group) // 2
-                group = [self.add(*self._exchange(a, b, distance)) for a, b in zip(group[:half], group[half:], strict=True)]
+                group = [self._folded(a, b, distance) for a, b in zip(group[:half], group[half:], strict=True)]
                 distance //= 2
             results += group
         return results
@@ -238,6 +238,13 @@ class Code:
         """Of lanes in runs of `distance`: the even runs of a and of b by turns, and the odd ones."""
         even = [i & ~distance | (self.lanes if i & distance else 0) for i in range(self.lanes)]
         return self._shuffle(a, b, even), self._shuffle(a, b, [i + distance for i in even])
+
+    def _folded(self, a: Value, b: Value, distance: int) -> Value:
+        """The sum of what `_exchange` gives, with one of the two vectors taken as it lies: that is no shuffle, which a CPU may
+        have but one port for."""
+        kept = [i + (self.lanes if i & distance else 0) for i in range(self.lanes)]
+        moved = [(i ^ distance) + (self.lanes if i & distance else 0) for i in range(self.lanes)]
+        return self.add(self._shuffle(a, b, kept), self._shuffle(a, b, moved))
 
     def _shuffle(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
         i32 = ir.IntType(32)

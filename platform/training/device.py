@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from llvmlite.binding import get_host_cpu_name
 
-BF16_CPU_WIDTHS = {"amx_bf16": 128, "avx512_bf16": 256}
-"""What a CPU multiplies bf16 numbers with, the fastest first, and the model width from which bf16 autocast is used there. There
-it is faster by a half with AMX, by a third with AVX-512's instructions; at half that width it gives little or costs time
-(benchmarks/training-step.md). A rule and no timing at run time, which would let the machine's mood decide a trial's numbers."""
+AMX_WIDTH, ZEN_WIDTH = 128, 256
+"""Model widths from which bf16 autocast is used on a CPU with AMX, and on an AMD one with AVX-512's instructions for bf16: it is
+faster there by a half and by a third, and gives little or costs time at half that width. An Intel CPU that has the latter and no
+AMX (some virtual machines hide it) takes 1.3 to 1.7 times as long as in fp32 (benchmarks/training-step.md). A rule, and no timing
+at run time, which would let the machine's mood decide a trial's numbers."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ def _bf16_pays(device: torch.device, width: int) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     capabilities = torch.cpu.get_capabilities()
-    pays_from = (least for unit, least in BF16_CPU_WIDTHS.items() if capabilities.get(unit))
-    return width >= next(pays_from, math.inf)
+    if capabilities.get("amx_bf16"):
+        return width >= AMX_WIDTH
+    return bool(capabilities.get("avx512_bf16")) and width >= ZEN_WIDTH and get_host_cpu_name().startswith("znver")
 
 
 class PeakMemory:

@@ -380,16 +380,19 @@ def test_data_that_changed_are_not_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "narrow", "wide"),
+    ("cpu", "capabilities", "narrow", "wide"),
     [
-        ({"amx_bf16": True, "avx512_bf16": True}, 127, 128),
-        ({"avx512_bf16": True, "amx_bf16": False}, 255, 256),
-        ({"architecture": "aarch64"}, 4096, None),
+        ("emeraldrapids", {"amx_bf16": True, "avx512_bf16": True}, 127, 128),
+        ("emeraldrapids", {"avx512_bf16": True}, 4096, None),
+        ("znver4", {"avx512_bf16": True, "amx_bf16": False}, 255, 256),
+        ("znver3", {"avx512_bf16": False}, 4096, None),
+        ("neoverse-v2", {"architecture": "aarch64"}, 4096, None),
     ],
 )
 def test_a_cpu_takes_bf16_where_it_pays(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], narrow: int, wide: int | None
+    monkeypatch: pytest.MonkeyPatch, cpu: str, capabilities: dict[str, Any], narrow: int, wide: int | None
 ) -> None:
+    monkeypatch.setattr("deltalab.platform.training.device.get_host_cpu_name", lambda: cpu)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert prepare_device(1, "auto", narrow).precision == "fp32"
     assert wide is None or prepare_device(1, "auto", wide).precision == "bf16"
