@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -54,52 +53,6 @@ _STEPS: dict[type, Callable[[Any], Step]] = {
 _ERASES: dict[type, Any] = {NoErase: "none", DeltaErase: "key", ScaledErase: "head", ChannelErase: "channel"}
 _VALUES: dict[type, Any] = {NoGain: "one", InverseNorm: "inverse_norm", LearnedGain: "head", ChannelGain: "channel"}
 _ACTIVATIONS = ("none", "silu", "elu1")
-
-
-Watched = TypeVar("Watched", bound=nn.Module)
-Fact = TypeVar("Fact")
-
-
-class Known(Generic[Watched, Fact]):
-    """find(module), found anew where the module is no longer made as it was then."""
-
-    def __init__(self, find: Callable[[Watched], Fact]) -> None:
-        self._find = find
-        self._module: Watched | None = None
-
-    def __call__(self, module: Watched) -> Fact:
-        if module is not self._module or not self._holds():
-            self._module, self._fact = module, self._find(module)
-            self._watch(list(module.modules()))
-        return self._fact
-
-    def _watch(self, modules: list[nn.Module]) -> None:
-        hooks = [hooks for part in modules for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        parts: list[dict[Any, Any]] = [parts for part in modules for parts in (part._parameters, part._modules)]
-        self._empty = [one for one in (*hooks, *parts) if not one]
-        self._parts = [one for one in parts if one]
-        self._counted: list[Any] = [*(one for one in hooks if one), *(part.__dict__ for part in modules)]
-        self._tensors = [one for part in modules for one in part._parameters.values() if one is not None]
-        self._before = self._now()
-
-    def _holds(self) -> bool:
-        """Whether there are the same modules and parameters, of the same dtypes and watched by as many hooks; numbers may
-        differ, and where they stand."""
-        if any(self._empty):
-            return False
-        (parts, *now), (were, *before) = self._now(), self._before
-        return len(parts) == len(were) and all(map(operator.is_, parts, were)) and now == before
-
-    def _now(self) -> tuple[list[object], list[int], list[torch.dtype]]:
-        """All modules and parameters; how many hooks they have, and attributes: one more is a method put in another's place."""
-        parts = list(itertools.chain.from_iterable(map(dict.values, self._parts)))
-        return parts, list(map(len, self._counted)), [tensor.dtype for tensor in self._tensors]
-
-    def __deepcopy__(self, memo: object) -> Known[Watched, Fact]:
-        return Known(self._find)
-
-    def __reduce__(self) -> tuple[type[Known[Watched, Fact]], tuple[Callable[[Watched], Fact]]]:
-        return Known, (self._find,)
 
 
 class Served(NamedTuple):

@@ -22,6 +22,7 @@ from . import decoding
 from .component import Component
 from .documents import read_by_document
 from .initialise import initialise, initialised_later
+from .known import Known
 from .layers import PROJECTION_STD, Embedding, Projection, RMSNorm
 from .mixer import Mixer, RecurrentMixer, carried_by
 from .spec import SPECS, LayerSpec, MixerSpec, layers_of
@@ -155,7 +156,7 @@ class LanguageModel(nn.Module):
         self.embedding = Embedding(vocab, width)
         self.blocks = nn.ModuleList(ModelBlock(mixer, width, hidden) for mixer in mixers)
         self.norm = RMSNorm(width)
-        self._runs = decoding.Known(_runs)
+        self._runs = Known(_runs)
         self.head = None if tied else Projection(width, vocab)
         for module in self.modules():
             # A projection whose own standard deviation is part of its component's definition keeps it.

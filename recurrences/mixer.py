@@ -23,6 +23,7 @@ from .component import Component, HeadShape
 from .erase import DeltaErase, NoErase, NoFeedback
 from .forgetting import NoForgetting
 from .initialise import initialise
+from .known import Known
 from .layers import Projection, RMSNorm, ShortConvolution, Skip, activate, l2_normalise, output_gate
 from .preconditioners import NoPreconditioner
 from .settings import Block
@@ -173,7 +174,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         self.norm = RMSNorm(shape.value) if self.block.output_norm else None
         self.gate_proj = output_gate(width, self.block.output_gate_rank, heads * shape.value, self.block.output_gate)
         self.out_proj = Projection(heads * shape.value, width)
-        self._served = decoding.Known(decoding.served)
+        self._served = Known(decoding.served)
         initialise(self, seed)
 
     def initial_state(self, batch: int) -> MixerState:

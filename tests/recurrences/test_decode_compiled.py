@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -303,6 +304,30 @@ def test_fixed_numbers_have_the_precision_of_now(card: Any, calls: list[int]) ->
     expected, before = lm(tokens, state=state)
     close(found, expected.detach())
     close(after[0].memory, before[0].memory.detach())
+
+
+def test_threads_may_share_a_model(calls: list[int]) -> None:
+    """Each carries a text of its own, and a token is found to be compiled anew while others are at work."""
+    texts = torch.randint(11, (4, 1, 12))
+    lm = model(mlp_ratio=1.0)
+    with torch.no_grad():
+        expected = [lm(text) for text in texts]
+    lm = copy.deepcopy(lm)
+
+    def read(text: Tensor) -> Tensor:
+        with torch.no_grad():
+            state, outputs = lm.initial_state(1), []
+            for t in range(text.shape[1]):
+                if t % 4 == 0:
+                    lm.blocks[0].mixer.in_proj.weight = nn.Parameter(lm.blocks[0].mixer.in_proj.weight.detach())
+                logits, state = lm(text[:, t : t + 1], state=state)
+                outputs.append(logits)
+        return torch.cat(outputs, dim=1)
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, whole in zip(pool.map(read, texts), expected, strict=True):
+            torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-10)
+    assert set(calls) == {2}
 
 
 def test_copies_have_weights_of_their_own(calls: list[int]) -> None:
