@@ -182,7 +182,12 @@ class LanguageModel(nn.Module):
         """tokens [B,T] -> the normalised last hidden layer [B,T,D] and the new state (empty when no state was given).
 
         starts: bool [B,T], true where a document begins that sees nothing before it; without a state alone.
+        Errors: `UserError` for tokens that are not [B,T], and for the state of another number of layers.
         """
+        if tokens.ndim != 2:
+            raise UserError(f"tokens: expected [batch, time], got shape {tuple(tokens.shape)}")
+        if state is not None and len(state) != len(self.blocks):
+            raise UserError(f"state: of {len(state)} layers, this model has {len(self.blocks)} (`initial_state` makes one)")
         if starts is not None:
             assert state is None, "documents begin with an empty state"
             return read_by_document(lambda rows: self.hidden(rows)[0], tokens, starts), []

@@ -84,3 +84,12 @@ def test_initialise_works_again_after_a_part_could_not_be_built() -> None:
         Mixer(registry.load("gdn"), width=8, heads=3)
     initialise(mixer, 1)
     assert not torch.equal(mixer.in_proj.weight, before)
+
+
+def test_what_is_no_text_or_no_state_of_the_model_is_named() -> None:
+    model, tokens = LanguageModel(registry.load("gdn"), vocab=11, width=32, layers=2, heads=2), torch.randint(11, (2, 1))
+    with pytest.raises(UserError, match=r"^tokens: expected \[batch, time\], got shape \(2,\)"):
+        model(tokens[:, 0])
+    for layers in (1, 3):
+        with pytest.raises(UserError, match=f"^state: of {layers} layers, this model has 2 "):
+            model(tokens, state=(2 * model.initial_state(2))[:layers])
