@@ -205,6 +205,7 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
         n, before = self.spec.substeps, MixerState() if state is None else state
         if state is not None and (decoded := self._token(x, before)) is not None:
             return decoded
+        self._check_statistic(before)
         single = n == 1 and self._is_step(x, before)
         q, raw_key, k, v, conv = self._project(x, before.conv)
         each = x.repeat_interleave(n, dim=1) if n > 1 else x
@@ -244,6 +245,17 @@ class RecurrentMixer(Mixer, spec=RecurrenceSpec):
             return y
         position = None if before.position is None else before.position + x.shape[1]
         return y, MixerState(conv, after, statistic, position)
+
+    def _check_statistic(self, before: MixerState) -> None:
+        """`UserError` for the state of another card, whose memory alone would fit."""
+        if before.memory is None:
+            return  # nothing written yet
+        wanted = self.preconditioner.initial_statistic(len(before.memory))
+        found, shape = (None if one is None else tuple(one.shape) for one in (before.statistic, wanted))
+        if found != shape:
+            raise UserError(
+                f"state.statistic: {found}, this layer's preconditioner ({self.spec.preconditioner.name}) has {shape}"
+            )
 
     @property
     def leaves_tokens(self) -> bool:

@@ -18,6 +18,7 @@ RECURRENT = [name for name in CARDS if isinstance(registry.load(name), Recurrenc
 every_card = pytest.mark.parametrize("card", CARDS)
 every_recurrence = pytest.mark.parametrize("card", RECURRENT)
 EXACTLY = {"rtol": 1e-10, "atol": 1e-10}
+F64 = torch.float64
 STREAMING = {"rtol": 1e-9, "atol": 1e-9}
 
 Card = str | Mapping[str, Any]
@@ -65,3 +66,16 @@ def prefilled(prefill: int, length: int) -> list[int]:
 def assert_same_state(one: MixerState, other: MixerState, **tolerance: float) -> None:
     for left, right in zip(one.tensors(), other.tensors(), strict=True):
         torch.testing.assert_close(left, right, **(tolerance or STREAMING))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def stirred(module: Any) -> Any:
+    """`module` in float64, with parameters that are no round numbers: what starts at 0 or 1 would hide a mistake."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.double().parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return module
